@@ -1,0 +1,157 @@
+"""From a path to a model: `load` builds the modules on the meta device and hands each its tensors, straight from the file.
+
+`weights_convert` finds out what the path is and names every tensor natively; a tensor already of the wanted type is used
+where it lies, in the memory-mapped file, so that loading costs no second copy and little time.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import weights_convert
+from ldm.diffusion.schedule import ScheduleConfig
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.safety import SafetyChecker, SafetyConfig
+from ldm.models.unet import UNet, UNetConfig
+from ldm.presets import preset
+from ldm.text.tokenizer import Tokenizer
+from weights_convert import CheckpointError
+from weights_convert.checkpoint import Checkpoint
+from weights_convert.component import Component
+from weights_convert.writing import check_finite
+
+MODULES = {
+    "text_encoder": (TextEncoder, TextConfig),
+    "unet": (UNet, UNetConfig),
+    "autoencoder": (Autoencoder, AutoencoderConfig),
+    "safety": (SafetyChecker, SafetyConfig),
+}
+REQUIRED = ("text_encoder", "unet", "autoencoder")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RELEASE_EVERY = 64 << 20  # bytes converted between two releases of the mapped file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """A whole model, ready to run. `safety` is None where the checkpoint has no safety checker.
+
+    `sources` says for each component which file, and which of its weights, it came from.
+    """
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    unet: UNet
+    autoencoder: Autoencoder
+    schedule: ScheduleConfig
+    safety: SafetyChecker | None
+    sources: Mapping[str, str]
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str = "auto",
+    variant: str = "auto",
+    ignore: Sequence[str] = (),
+) -> Components:
+    """Load the model at `source`: a native folder, a diffusers folder, a CompVis `.ckpt`, a single-file `.safetensors`, or
+    "hub:OWNER/NAME" (extra `hub`; the only source that uses the network).
+
+    weights: "ema", "raw" or "auto" (EMA where there is), for a single file that holds both.
+    variant: "fp16" for a diffusers folder's half-precision files, "" for the full ones, "auto" for the full ones if there.
+    ignore: names of unexpected tensors to load the file without; a last "*" stands for any ending.
+    Modules are in eval mode. Raises CheckpointError, one line, where the source is not a whole model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    checkpoint = weights_convert.read(_local(source), weights=weights, variant=variant, ignore=ignore)
+    missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
+    if missing:
+        there = ", ".join(checkpoint.components)
+        raise CheckpointError(f"{source}: holds {there} but no {' and no '.join(missing)}; a model needs {', '.join(REQUIRED)}")
+    _check_fit(checkpoint)
+    present = {kind: checkpoint.components[kind] for kind in MODULES if kind in checkpoint.components}
+    modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
+    vocabulary, length = checkpoint.vocabulary, modules["text_encoder"].config.context_length
+    return Components(
+        tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length),
+        schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
+        sources={kind: component.source for kind, component in present.items()},
+        **{"safety": None, **modules},
+    )
+
+
+def load_module(component: Component, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build one component on the meta device and give it the checkpoint's tensors."""
+    module_type, config_type = MODULES[component.kind]
+    with torch.device("meta"):
+        module = module_type(config_type(**dataclasses.asdict(component.architecture)))
+    module.load_state_dict(dict(_tensors(component, torch.device(device), dtype)), strict=True, assign=True)
+    return module.eval()
+
+
+def build(name: str, *, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
+    """A model of the preset `name` with random weights: torch's own initialisation under `seed`."""
+    config = preset(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = {k: MODULES[k][0](getattr(config, k)).to(device, dtype).eval() for k in REQUIRED}
+    return Components(
+        tokenizer=Tokenizer.clip(config.text_encoder.context_length),
+        schedule=config.schedule,
+        safety=None,
+        sources=dict.fromkeys(modules, f"random weights, seed {seed}"),
+        **modules,
+    )
+
+
+def _tensors(component: Component, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Native tensors on `device` in `dtype`, checked for NaN; the file's pages are let go as they have been converted."""
+    converted = 0
+    for name in component.tensors:
+        found = component.tensors[name]
+        tensor = found.to(device, dtype)
+        check_finite(component, name, tensor, found)
+        yield name, tensor
+        if tensor is not found:
+            converted += found.nbytes
+            del found
+            if converted > RELEASE_EVERY:
+                component.tensors.release()
+                converted = 0
+
+
+def _check_fit(checkpoint: Checkpoint) -> None:
+    """Components taken from different models do not fit together; say so before the first matrix product does."""
+    text, unet, autoencoder = (checkpoint.components[kind].architecture for kind in REQUIRED)
+    pairs = (
+        ("the text encoder's width", text.width, "the UNet's context", unet.context_width),
+        ("the autoencoder's latent channels", autoencoder.latent_channels, "the UNet's output channels", unet.out_channels),
+    )
+    for left, left_size, right, right_size in pairs:
+        if left_size != right_size:
+            raise CheckpointError(f"{checkpoint.path}: {left} is {left_size}, {right} {right_size}; they are of different models")
+
+
+def _local(source: str | Path) -> Path:
+    """The path of `source`, fetched first where it says "hub:"."""
+    if not str(source).startswith("hub:"):
+        if not Path(source).exists() and str(source).count("/") == 1:
+            raise CheckpointError(f"{source}: there is no such file or folder; to fetch it from the hub, say hub:{source}")
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(f"{source}: needs the hub extra; install it with: pip install 'ldm[hub]'") from None
+    patterns = ["model_index.json", "*/config.json", "*/*.safetensors", "scheduler/*", "tokenizer/*"]
+    try:
+        return Path(snapshot_download(str(source).removeprefix("hub:"), allow_patterns=patterns))
+    except Exception as error:  # the library raises many kinds, from requests' to its own
+        raise CheckpointError(f"{source}: not to be had from the hub ({' '.join(str(error).split())[:160]})") from None

@@ -1,0 +1,1 @@
+"""The forward process: how noise was added in training, which every sampler undoes."""

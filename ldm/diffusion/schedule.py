@@ -1,0 +1,37 @@
+"""The noise schedule: how much of the data and how much noise there is at each training timestep.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239. x_t = sqrt(alpha_bar_t) x_0 +
+sqrt(1 - alpha_bar_t) eps (eq. 4), alpha_bar_t the product of 1 - beta up to t. Tables of shape (train_steps,), float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """SD v1's schedule. `beta_schedule`: "scaled_linear" (linear in sqrt(beta)) or "linear"; `prediction`: what the
+    UNet was trained to return, "epsilon" or "v_prediction"."""
+
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_steps: int = 1000
+    prediction: str = "epsilon"
+
+
+def betas(config: ScheduleConfig) -> Tensor:
+    """beta_t, the variance of the noise added at step t."""
+    start, end, steps = config.beta_start, config.beta_end, config.train_steps
+    if config.beta_schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if config.beta_schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    raise ValueError(f"beta_schedule {config.beta_schedule!r}; expected 'scaled_linear' or 'linear'")
+
+
+def alpha_bar(config: ScheduleConfig) -> Tensor:
+    """alpha_bar_t, the share of the data's variance left at t (eq. 4)."""
+    return torch.cumprod(1.0 - betas(config), dim=0)

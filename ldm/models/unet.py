@@ -1,0 +1,327 @@
+"""The denoising UNet with cross-attention: latents, timestep, text -> the noise eps in the latents.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752, section 3.3 and
+appendix E.2; the backbone is Ho et al. 2020 (arXiv:2006.11239, appendix B) as widened by Dhariwal & Nichol 2021
+(arXiv:2105.05233). x (b, 4, h, w), t (b,) or a number, context (b, n, 768) -> eps (b, 4, h, w).
+
+SD v1 as a table, for latents 64 x 64 (`table(config)` prints it for any config):
+
+    block     channels              map        parts
+    conv_in   4 -> 320              64
+    down.0    320 -> 320            64         residual, attention
+    down.1    320 -> 320            64         residual, attention
+    down.2    320 -> 320            64 -> 32   downsample
+    down.3    320 -> 640            32         residual, attention
+    down.4    640 -> 640            32         residual, attention
+    down.5    640 -> 640            32 -> 16   downsample
+    down.6    640 -> 1280           16         residual, attention
+    down.7    1280 -> 1280          16         residual, attention
+    down.8    1280 -> 1280          16 -> 8    downsample
+    down.9    1280 -> 1280          8          residual
+    down.10   1280 -> 1280          8          residual
+    middle    1280 -> 1280          8          residual, attention, residual
+    up.0      1280 + 1280 -> 1280   8          residual
+    up.1      1280 + 1280 -> 1280   8          residual
+    up.2      1280 + 1280 -> 1280   8 -> 16    residual, upsample
+    up.3      1280 + 1280 -> 1280   16         residual, attention
+    up.4      1280 + 1280 -> 1280   16         residual, attention
+    up.5      1280 + 640 -> 1280    16 -> 32   residual, attention, upsample
+    up.6      1280 + 640 -> 640     32         residual, attention
+    up.7      640 + 640 -> 640      32         residual, attention
+    up.8      640 + 320 -> 640      32 -> 64   residual, attention, upsample
+    up.9      640 + 320 -> 320      64         residual, attention
+    up.10     320 + 320 -> 320      64         residual, attention
+    up.11     320 + 320 -> 320      64         residual, attention
+    conv_out  320 -> 4              64
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.attention import Attention
+
+RESIDUAL_NORM_EPS = 1e-5
+TRANSFORMER_NORM_EPS = 1e-6
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """SD v1's UNet. Levels run from the finest resolution to the coarsest, each half the one before."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    level_widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    residual_blocks: int = 2
+    heads: int = 8
+    context_width: int = 768
+    norm_groups: int = 32
+
+    @property
+    def time_width(self) -> int:
+        """Features of the time embedding."""
+        return 4 * self.level_widths[0]
+
+
+# -- The structure -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block of the UNet. A block with `resample == "down"` is nothing but that strided convolution."""
+
+    name: str
+    level: int
+    in_channels: int
+    skip_channels: int  # joined to the input; 0 on the way down
+    out_channels: int
+    attention: bool
+    resample: str  # "", "down" or "up"
+
+
+def down_rows(config: UNetConfig) -> list[Row]:
+    """The blocks of the way down. The output of each, and of conv_in before them, is kept for the way up."""
+    rows, channels = [], config.level_widths[0]
+    for level, width in enumerate(config.level_widths):
+        for _ in range(config.residual_blocks):
+            rows.append(Row(f"down.{len(rows)}", level, channels, 0, width, config.attention_levels[level], ""))
+            channels = width
+        if level < len(config.level_widths) - 1:
+            rows.append(Row(f"down.{len(rows)}", level, width, 0, width, False, "down"))
+    return rows
+
+
+def up_rows(config: UNetConfig) -> list[Row]:
+    """The blocks of the way up, each joined with the last kept output not yet used."""
+    skips = [config.level_widths[0]] + [row.out_channels for row in down_rows(config)]
+    rows, channels = [], config.level_widths[-1]
+    for level in reversed(range(len(config.level_widths))):
+        width, attends = config.level_widths[level], config.attention_levels[level]
+        for i in range(config.residual_blocks + 1):
+            resample = "up" if level > 0 and i == config.residual_blocks else ""
+            rows.append(Row(f"up.{len(rows)}", level, channels, skips.pop(), width, attends, resample))
+            channels = width
+    return rows
+
+
+def table(config: UNetConfig, size: int = 64) -> str:
+    """The structure as text, one block a line, with the side of its feature map for latents size x size."""
+    width, bottom = config.level_widths[0], config.level_widths[-1]
+    lines = [f"{'block':<10}{'channels':<22}{'map':<11}parts", f"{'conv_in':<10}{f'{config.in_channels} -> {width}':<22}{size}"]
+    for row in down_rows(config):
+        lines.append(_table_line(row, size))
+    bottom_size = size >> len(config.level_widths) - 1
+    lines.append(f"{'middle':<10}{f'{bottom} -> {bottom}':<22}{bottom_size:<11}residual, attention, residual")
+    for row in up_rows(config):
+        lines.append(_table_line(row, size))
+    lines.append(f"{'conv_out':<10}{f'{width} -> {config.out_channels}':<22}{size}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _table_line(row: Row, size: int) -> str:
+    before = size >> row.level
+    after = {"": before, "down": before // 2, "up": before * 2}[row.resample]
+    channels = f"{row.in_channels}{f' + {row.skip_channels}' if row.skip_channels else ''} -> {row.out_channels}"
+    parts = ["residual"] * (row.resample != "down") + ["attention"] * row.attention
+    parts += {"": [], "down": ["downsample"], "up": ["upsample"]}[row.resample]
+    sizes = f"{before}" if after == before else f"{before} -> {after}"
+    return f"{row.name:<10}{channels:<22}{sizes:<11}{', '.join(parts)}"
+
+
+# -- The parts ---------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of t at width/2 frequencies from 1 down to almost 1/10000 (arXiv:1706.03762, section 3.5): (b,) -> (b, width).
+
+    Computed in float64 and left there: the references' float32 angles, off by t eps, are most of their own error at large t.
+    """
+    dtype = torch.float32 if t.device.type == "mps" else torch.float64  # that device has no float64
+    half = width // 2
+    frequencies = 10_000.0 ** (-torch.arange(half, dtype=dtype, device=t.device) / half)
+    angles = t.to(dtype)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """t (b,), fractions allowed -> features (b, time_width)."""
+
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class ResidualBlock(nn.Module):
+    """x (b, in, h, w), time projection (b, out, 1, 1) -> (b, out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=RESIDUAL_NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_projection = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=RESIDUAL_NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def project_time(self, features: Tensor) -> Tensor:
+        """Features of the time embedding (b, time_width) -> what this block adds to every pixel (b, out, 1, 1)."""
+        return rearrange(self.time_projection(F.silu(features)), "b c -> b c 1 1")
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x))) + time
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward layer, GEGLU (Shazeer 2020, arXiv:2002.05202, eq. 6): (b, n, width) -> (b, n, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.expand = nn.Linear(width, 8 * width)
+        self.reduce = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.reduce(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Attention among the pixels, attention to the text, feed-forward: tokens (b, n, width) -> (b, n, width)."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads, context_width, bias=False)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), keys_values)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map: (b, c, h, w) -> (b, c, h, w)."""
+
+    def __init__(self, channels: int, heads: int, context_width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = nn.Linear(channels, channels)  # the 1x1 convolutions of the references
+        self.block = TransformerBlock(channels, heads, context_width)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = self.proj_out(self.block(self.proj_in(tokens), keys_values))
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Block(nn.Module):
+    """One row of the table: x (b, in + skip, h, w) -> (b, out, h', w').
+
+    Takes the next of `times` for its residual block and the next of `contexts` for its attention, where it has them.
+    """
+
+    def __init__(self, row: Row, config: UNetConfig):
+        super().__init__()
+        inputs, width, groups = row.in_channels + row.skip_channels, row.out_channels, config.norm_groups
+        self.residual = None if row.resample == "down" else ResidualBlock(inputs, width, config.time_width, groups)
+        self.attention = SpatialTransformer(width, config.heads, config.context_width, groups) if row.attention else None
+        self.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if row.resample == "down" else None
+        self.upsample = nn.Conv2d(width, width, 3, padding=1) if row.resample == "up" else None
+
+    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], size: torch.Size) -> Tensor:
+        if self.residual is not None:
+            x = self.residual(x, next(times))
+        if self.attention is not None:
+            x = self.attention(x, next(contexts))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:  # to the size of the next skip connection, which is odd for some latents
+            x = self.upsample(F.interpolate(x, size=size, mode="nearest"))
+        return x
+
+
+class Middle(nn.Module):
+    """The coarsest level: residual, attention, residual."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width, groups = config.level_widths[-1], config.norm_groups
+        self.residual_1 = ResidualBlock(width, width, config.time_width, groups)
+        self.attention = SpatialTransformer(width, config.heads, config.context_width, groups)
+        self.residual_2 = ResidualBlock(width, width, config.time_width, groups)
+
+    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> Tensor:
+        x = self.residual_1(x, next(times))
+        x = self.attention(x, next(contexts))
+        return self.residual_2(x, next(times))
+
+
+# -- The model ---------------------------------------------------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """x (b, in_channels, h, w), t (b,) or a number, context (b, n, context_width) -> eps (b, out_channels, h, w).
+
+    Split at its seams, so that a sampler can compute once what does not change from step to step:
+    `unet(x, t, context) == unet.denoise(x, unet.embed_time(t), unet.project_context(context))`.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width = config.level_widths[0]
+        self.time_embedding = TimeEmbedding(width, config.time_width)
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.down = nn.ModuleList(Block(row, config) for row in down_rows(config))
+        self.middle = Middle(config)
+        self.up = nn.ModuleList(Block(row, config) for row in up_rows(config))
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=RESIDUAL_NORM_EPS)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        return self.denoise(x, self.embed_time(t), self.project_context(context))
+
+    def embed_time(self, t: Tensor | float) -> list[Tensor]:
+        """Every residual block's time projection, (b, c, 1, 1) each, in the order `denoise` uses them.
+
+        t: timesteps in [0, train_steps), fractions allowed, one for each sample (b,) or one for all.
+        """
+        features = self.time_embedding(torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1))
+        return [module.project_time(features) for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def project_context(self, context: Tensor) -> list[KeysValues]:
+        """Every cross-attention's keys and values, (b, heads, n, d) each, in the order `denoise` uses them."""
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return [block.cross_attention.keys_values(context) for block in blocks]
+
+    def denoise(self, x: Tensor, times: Sequence[Tensor], contexts: Sequence[KeysValues]) -> Tensor:
+        """The network proper, given what `embed_time` and `project_context` returned."""
+        times, contexts = iter(times), iter(contexts)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down:
+            x = block(x, times, contexts, x.shape[-2:])
+            skips.append(x)
+        x = self.middle(x, times, contexts)
+        for block in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, times, contexts, skips[-1].shape[-2:] if skips else x.shape[-2:])
+        return self.conv_out(F.silu(self.norm_out(x)))

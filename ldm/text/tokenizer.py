@@ -1,0 +1,153 @@
+"""CLIP's tokenizer: a prompt -> 77 token ids, by byte-pair encoding.
+
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909, over bytes, as in
+Radford et al. 2021 (arXiv:2103.00020, section 2.4). A text is cleaned, split into words, each word into bytes, and the
+bytes are merged pair by pair in the order of the shipped merges. Two styles of cleaning are in circulation, and they differ
+on curly quotes, HTML entities, ligatures, final sigma and the like:
+
+    "hf"      transformers' CLIPTokenizer: NFC, white space collapsed, lower case. What diffusers runs; the default.
+    "openai"  OpenAI's own: ftfy, HTML unescaped twice, white space collapsed, lower case (extra `openai`).
+
+A text has room for 75 tokens between start and end mark. What does not fit is cut off, and reported. The rest is padded
+with end marks, as Stable Diffusion was trained (OpenAI's own code pads with 0).
+"""
+
+import gzip
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+STYLES = ("hf", "openai")
+CLIP_MERGES = 49152 - 256 - 2  # of the lines in the file, those that CLIP uses
+# The marks, English contractions, runs of letters, single digits, runs of anything else but white space.
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Token(NamedTuple):
+    """One token: its id, and the place in the text at which it starts."""
+
+    id: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids (b, n), int64, and for each prompt the part of its text that did not fit ("" where all did)."""
+
+    ids: Tensor
+    cut_off: tuple[str, ...]
+
+
+class Tokenizer:
+    """Prompts -> token ids. `start` and `end` are the ids of the marks, `length` is what every prompt is padded to."""
+
+    def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[str], length: int = 77, style: str = "hf"):
+        """vocabulary: token -> id; merges: "left right" in order of rank. See `clip` for CLIP's own."""
+        if style not in STYLES:
+            raise ValueError(f"tokenizer style {style!r}; expected one of {', '.join(STYLES)}")
+        self.length = length
+        self.style = style
+        self.start, self.end = vocabulary[START], vocabulary[END]
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        self._merger = models.BPE(
+            vocab=dict(vocabulary), merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+        )
+        self._split = {"hf": _HuggingFace, "openai": _OpenAI}[style](self._merger, vocabulary)
+
+    @classmethod
+    def clip(cls, length: int = 77, style: str = "hf") -> "Tokenizer":
+        """The tokenizer of CLIP and Stable Diffusion v1, from the merges that ship with the package."""
+        return cls(*_clip_vocabulary(), length, style)
+
+    def __call__(self, prompts: str | Iterable[str]) -> Tokens:
+        """Start mark, at most length - 2 tokens, end mark, end marks to fill: ids (b, length) and what was cut off."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows, cut_off = [], []
+        for prompt in prompts:
+            text, tokens = self.tokens(prompt)
+            room = self.length - 2
+            rows.append([self.start, *(token.id for token in tokens[:room])])
+            rows[-1] += [self.end] * (self.length - len(rows[-1]))
+            cut_off.append(text[tokens[room].start :] if len(tokens) > room else "")
+        return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(prompts), self.length), tuple(cut_off))
+
+    def tokens(self, prompt: str) -> tuple[str, list[Token]]:
+        """The text that was split (the prompt itself, or OpenAI's cleaned form of it) and all its tokens, without marks."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt holds half a character (a lone surrogate) at position {error.start}") from None
+        return self._split(prompt)
+
+
+class _HuggingFace:
+    """Cleaning and splitting as transformers sets up the tokenizers library; positions are in the prompt as given."""
+
+    def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
+        self._tokenizer = tokenizers.Tokenizer(merger)
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self._tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (START, END)])
+
+    def __call__(self, prompt: str) -> tuple[str, list[Token]]:
+        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+        return prompt, [Token(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+
+class _OpenAI:
+    """Cleaning and splitting by the libraries that OpenAI's code uses; positions are in the cleaned text."""
+
+    def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
+        try:
+            import ftfy
+            import regex
+        except ImportError as error:
+            raise ImportError(f"the openai tokenizer needs {error.name}; install it with: pip install 'ldm[openai]'") from None
+        self._merger = merger
+        self._marks = {mark: vocabulary[mark] for mark in (START, END)}
+        self._repair = ftfy.fix_text
+        self._white_space = regex.compile(r"\s+")
+        self._word = regex.compile(WORD, regex.IGNORECASE)
+
+    def __call__(self, prompt: str) -> tuple[str, list[Token]]:
+        text = html.unescape(html.unescape(self._repair(prompt))).strip()
+        text = self._white_space.sub(" ", text).strip().lower()
+        return text, [token for word in self._word.finditer(text) for token in self._merge(word.group(), word.start())]
+
+    def _merge(self, word: str, start: int) -> list[Token]:
+        if word in self._marks:
+            return [Token(self._marks[word], start)]
+        letters = _byte_letters()
+        raw = word.encode()
+        merged = self._merger.tokenize("".join(letters[byte] for byte in raw))
+        return [Token(t.id, start + len(raw[: t.offsets[0]].decode(errors="ignore"))) for t in merged]
+
+
+@lru_cache(maxsize=1)
+def _byte_letters() -> dict[int, str]:
+    """A printable letter for each byte, in the order of their ids: printable bytes are themselves, the rest follow U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+@lru_cache(maxsize=1)
+def _clip_vocabulary() -> tuple[dict[str, int], tuple[str, ...]]:
+    """256 bytes, 256 bytes that end a word, one token a merge, the two marks: 49,408 in all, and the merges."""
+    compressed = (files("ldm") / "assets" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = tuple(gzip.decompress(compressed).decode().split("\n")[1 : 1 + CLIP_MERGES])
+    letters = list(_byte_letters().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), START, END]
+    return {word: i for i, word in enumerate(words)}, merges

@@ -1,0 +1,54 @@
+"""The native folder: `model.json` and one `KIND.safetensors` a component, in the names that the modules of `ldm` have.
+
+    model.json                 {"format": 1, "components": {KIND: fields of architecture.py}, "schedule": fields}
+    text_encoder.safetensors   and unet, autoencoder, safety, image_encoder, as listed in model.json
+    vocab.json, merges.txt     only where the vocabulary is not CLIP's own
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from weights_convert.architecture import COMPONENTS, Schedule, from_json, to_json
+from weights_convert.checkpoint import Checkpoint
+from weights_convert.component import match
+from weights_convert.containers import open_tensors
+from weights_convert.detect import Found
+from weights_convert.errors import CheckpointError
+from weights_convert.files import appearing_folder, read_json, write_json
+from weights_convert.naming import to_foreign
+from weights_convert.tokenizer_files import read_vocabulary, write_vocabulary
+
+INDEX = "model.json"
+FORMAT = 1
+
+
+def read(path: Path, *, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Read the model in folder `path`."""
+    index, where = read_json(path / INDEX), str(path / INDEX)
+    if index.get("format") != FORMAT:
+        raise CheckpointError(f"{where}: format is {index.get('format')!r}; this version reads {FORMAT}")
+    stated, schedule = index.get("components"), from_json(Schedule, index.get("schedule", {}), where)
+    if not isinstance(stated, dict) or not stated or not set(stated) <= set(COMPONENTS):
+        raise CheckpointError(f"{where}: components must be some of {', '.join(COMPONENTS)}")
+    components = {}
+    for kind, fields in stated.items():
+        architecture = from_json(COMPONENTS[kind], fields, f"{where}, {kind}")
+        file = open_tensors(path / f"{kind}.safetensors")
+        specs = {name: spec for name, spec in file.specs.items() if name not in ignore}
+        components[kind] = match(file, Found(kind, "native", ""), specs, stated=architecture)
+    return Checkpoint(path, "native", components, schedule, read_vocabulary(path))
+
+
+def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[str]:
+    """Write every component. Returns what was left out: nothing."""
+    from weights_convert.writing import cast, save
+
+    with appearing_folder(path) as folder:
+        for kind, component in checkpoint.components.items():
+            makers = to_foreign(component.architecture, "native", cast(component, dtype))
+            save({name: make() for name, make in makers.items()}, folder / f"{kind}.safetensors", {})
+        components = {kind: to_json(component.architecture) for kind, component in checkpoint.components.items()}
+        write_json(folder / INDEX, {"format": FORMAT, "components": components, "schedule": to_json(checkpoint.schedule)})
+        if checkpoint.vocabulary:
+            write_vocabulary(folder, checkpoint.vocabulary)
+    return []

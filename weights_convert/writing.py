@@ -1,0 +1,71 @@
+"""What every writer needs: tensors cast and checked as they pass, and a file of them saved."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from weights_convert.component import FLOATS, Component
+from weights_convert.errors import CheckpointError
+
+
+class _Cast(Mapping):
+    """A component's tensors in another precision, each checked for numbers that are none."""
+
+    def __init__(self, component: Component, dtype: Any):
+        self.component = component
+        self.dtype = dtype
+
+    def __getitem__(self, native: str) -> Any:
+        found = self.component.tensors[native]
+        tensor = found if self.dtype is None else found.to(self.dtype)
+        check_finite(self.component, native, tensor, found)
+        return tensor.contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.component.tensors)
+
+    def __len__(self) -> int:
+        return len(self.component.tensors)
+
+
+def cast(component: Component, dtype: str | None) -> Mapping[str, Any]:
+    """The component's tensors in `dtype` (None: as they are), read when asked for."""
+    import torch
+
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype {dtype!r}; expected one of {', '.join(FLOATS)}")
+    return _Cast(component, None if dtype is None else getattr(torch, dtype))
+
+
+def check_finite(component: Component, native: str, tensor: Any, found: Any) -> None:
+    """Raise CheckpointError if `tensor`, made from `found`, holds NaN or infinity, saying which of the two steps made it."""
+    low, high = (float(x) for x in tensor.aminmax())  # NaN where any element is
+    if low - low == 0 and high - high == 0:
+        return
+    name, path = component.tensors.foreign_name(native), component.tensors.file.path
+    if found is not tensor and bool(found.isfinite().all()):
+        largest = float(found.abs().max())
+        raise CheckpointError(f"{path}: {name} reaches {largest:.4g}, more than {tensor.dtype} holds; use bfloat16 or float32")
+    bad = int((~found.isfinite()).sum())
+    raise CheckpointError(f"{path}: {name} holds {bad:,} of {found.numel():,} numbers that are NaN or infinite; the file is damaged")
+
+
+def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> None:
+    """Save to `path` by its suffix: `.safetensors`, or torch.save's format with the strings beside `state_dict`."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(dict(tensors), path, metadata={"format": "pt", **strings})
+    else:
+        import torch
+
+        torch.save({"state_dict": dict(tensors), **strings}, path)
+    path.chmod(0o666 & ~_umask())  # safetensors leaves the file to its owner alone
+
+
+def _umask() -> int:
+    """The process's umask; there is no way to read it but to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
