@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import weights_convert
 from ldm.diffusion.schedule import ScheduleConfig
@@ -21,8 +22,8 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.presets import preset
 from ldm.text.tokenizer import Tokenizer
 from weights_convert import CheckpointError
-from weights_convert.checkpoint import Checkpoint
 from weights_convert.component import Component
+from weights_convert.tokenizer_files import clip_vocabulary
 from weights_convert.writing import check_finite
 
 MODULES = {
@@ -79,9 +80,9 @@ def load(
     _check_fit(checkpoint)
     present = {kind: checkpoint.components[kind] for kind in MODULES if kind in checkpoint.components}
     modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
-    vocabulary, length = checkpoint.vocabulary, modules["text_encoder"].config.context_length
+    vocabulary = checkpoint.vocabulary or clip_vocabulary()
     return Components(
-        tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length),
+        tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length),
         schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
         sources={kind: component.source for kind, component in present.items()},
         **{"safety": None, **modules},
@@ -91,10 +92,19 @@ def load(
 def load_module(component: Component, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build one component on the meta device and give it the checkpoint's tensors."""
     module_type, config_type = MODULES[component.kind]
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInitialisation():
         module = module_type(config_type(**dataclasses.asdict(component.architecture)))
     module.load_state_dict(dict(_tensors(component, torch.device(device), dtype)), strict=True, assign=True)
     return module.eval()
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: drawing random numbers for tensors without memory costs torch over a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def build(name: str, *, seed: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
@@ -128,7 +138,7 @@ def _tensors(component: Component, device: torch.device, dtype: torch.dtype) -> 
                 converted = 0
 
 
-def _check_fit(checkpoint: Checkpoint) -> None:
+def _check_fit(checkpoint: weights_convert.Checkpoint) -> None:
     """Components taken from different models do not fit together; say so before the first matrix product does."""
     text, unet, autoencoder = (checkpoint.components[kind].architecture for kind in REQUIRED)
     pairs = (

@@ -10,7 +10,8 @@ Imports nothing of `ldm`: the tables here are written down from the published fi
     detect.py     which components a file holds
 """
 
+from weights_convert.checkpoint import Checkpoint
 from weights_convert.convert import read, write
 from weights_convert.errors import CheckpointError
 
-__all__ = ["CheckpointError", "read", "write"]
+__all__ = ["Checkpoint", "CheckpointError", "read", "write"]

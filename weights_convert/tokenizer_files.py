@@ -59,18 +59,21 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         if not isinstance(model, dict) or model.get("type") != "BPE":
             raise CheckpointError(f"{where}: expected the model of a byte-pair tokenizer (type BPE)")
         tokens, merges = model.get("vocab"), model.get("merges")
-        if isinstance(merges, list):
-            merges = [" ".join(m) if isinstance(m, list) and all(isinstance(p, str) for p in m) else m for m in merges]
+        if isinstance(merges, list) and all(isinstance(merge, list) for merge in merges):
+            merges = [" ".join(map(str, merge)) for merge in merges]
     else:
         return None
-    _check(tokens, merges, where)
-    found = Vocabulary(tokens, tuple(merges))
-    return None if found == clip_vocabulary() else found
-
-
-def _check(tokens: Any, merges: Any, where: Path) -> None:
     if not isinstance(tokens, dict) or not isinstance(merges, list):
         raise CheckpointError(f"{where}: expected an object of tokens and a list of merges")
+    found = Vocabulary(tokens, tuple(merges))
+    if found == clip_vocabulary():
+        return None
+    _check(tokens, merges, where)
+    return found
+
+
+def _check(tokens: dict[str, Any], merges: list[Any], where: Path) -> None:
+    """Raise CheckpointError unless every token has an id of its own and every merge joins two tokens into a third."""
     if sorted(v for v in tokens.values() if type(v) is int) != list(range(len(tokens))):
         raise CheckpointError(f"{where}: expected every id from 0 to {len(tokens) - 1} once")
     for merge in merges:
