@@ -147,7 +147,9 @@ def _check_fit(checkpoint: weights_convert.Checkpoint) -> None:
     )
     for left, left_size, right, right_size in pairs:
         if left_size != right_size:
-            raise CheckpointError(f"{checkpoint.path}: {left} is {left_size}, {right} {right_size}; they are of different models")
+            raise CheckpointError(
+                f"{checkpoint.path}: {left} is {left_size}, {right} {right_size}; they are of different models"
+            )
 
 
 def _local(source: str | Path) -> Path:

@@ -26,7 +26,9 @@ PRESETS = {
     # Every part of SD v1 at the smallest size that still tells them apart, for tests and for reading along in a debugger.
     "tiny": ModelConfig(
         text_encoder=TextConfig(width=32, layers=2, heads=4, mlp_width=64),
-        unet=UNetConfig(level_widths=(16, 32, 48), attention_levels=(True, True, False), heads=4, context_width=32, norm_groups=8),
+        unet=UNetConfig(
+            level_widths=(16, 32, 48), attention_levels=(True, True, False), heads=4, context_width=32, norm_groups=8
+        ),
         autoencoder=AutoencoderConfig(level_widths=(8, 16, 16, 24), norm_groups=4),
     ),
 }

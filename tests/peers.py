@@ -95,7 +95,9 @@ class ExactTimesteps(nn.Module):
         self.width = width
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        frequencies = torch.exp(-torch.log(torch.tensor(1e4, dtype=torch.float64)) * torch.arange(self.width // 2) / (self.width // 2))
+        frequencies = torch.exp(
+            -torch.log(torch.tensor(1e4, dtype=torch.float64)) * torch.arange(self.width // 2) / (self.width // 2)
+        )
         angles = t.double()[:, None] * frequencies
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 

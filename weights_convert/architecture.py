@@ -128,6 +128,6 @@ def _is_like(value: Any, example: Any) -> bool:
         return isinstance(value, list) and len(value) > 0 and all(_is_like(v, example[0]) for v in value)
     if isinstance(example, float):
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    if isinstance(example, bool) or isinstance(example, str):
+    if isinstance(example, bool | str):
         return type(value) is type(example)
     return type(value) is int and value > 0

@@ -1,4 +1,4 @@
-"""A component found in a file, held against its naming table: every tensor accounted for, or an error that says which is not."""
+"""A component found in a file, held against its naming table: every tensor accounted for, or an error naming those not."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence

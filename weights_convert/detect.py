@@ -94,7 +94,7 @@ def other_model(names: Iterable[str]) -> str | None:
 
 
 def infer(found: Found, shapes: Shapes) -> Architecture | None:
-    """The architecture of a component from its tensors' shapes (names without the prefix), or None where too much is missing."""
+    """The architecture of a component from its tensors' shapes (names without the prefix); None if it cannot be told."""
     try:
         architecture = INFERENCES[found.kind, found.naming](shapes)
         return from_json(type(architecture), to_json(architecture), "inferred")

@@ -48,7 +48,9 @@ def check_finite(component: Component, native: str, tensor: Any, found: Any) -> 
         largest = float(found.abs().max())
         raise CheckpointError(f"{path}: {name} reaches {largest:.4g}, more than {tensor.dtype} holds; use bfloat16 or float32")
     bad = int((~found.isfinite()).sum())
-    raise CheckpointError(f"{path}: {name} holds {bad:,} of {found.numel():,} numbers that are NaN or infinite; the file is damaged")
+    raise CheckpointError(
+        f"{path}: {name} holds {bad:,} of {found.numel():,} numbers that are NaN or infinite; the file is damaged"
+    )
 
 
 def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> None:

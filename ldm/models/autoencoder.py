@@ -6,6 +6,7 @@ block at the coarsest level, in encoder and decoder alike.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class DownLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, *, downsample: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.residual = nn.ModuleList(ResidualBlock(i, o, groups) for i, o in zip(widths, widths[1:], strict=False))
+        self.residual = nn.ModuleList(ResidualBlock(i, o, groups) for i, o in pairwise(widths))
         self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, *, upsample: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.residual = nn.ModuleList(ResidualBlock(i, o, groups) for i, o in zip(widths, widths[1:], strict=False))
+        self.residual = nn.ModuleList(ResidualBlock(i, o, groups) for i, o in pairwise(widths))
         self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class ImageConfig:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), the cheaper GELU of Hendrycks & Gimpel 2016 (arXiv:1606.08415, section 2) that CLIP was trained with."""
+    """x sigmoid(1.702 x), a cheaper GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2); CLIP uses it."""
     return x * torch.sigmoid(1.702 * x)
 
 

@@ -138,9 +138,10 @@ def _table_line(row: Row, size: int) -> str:
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t at width/2 frequencies from 1 down to almost 1/10000 (arXiv:1706.03762, section 3.5): (b,) -> (b, width).
+    """Cosines, then sines, of t at width/2 frequencies from 1 to almost 1/10000: (b,) -> (b, width).
 
-    Computed in float64 and left there: the references' float32 angles, off by t eps, are most of their own error at large t.
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, whose order is sines first. Computed in float64 and left there:
+    the references' float32 angles, off by a rounding error that grows with t, are most of their own error at large t.
     """
     dtype = torch.float32 if t.device.type == "mps" else torch.float64  # that device has no float64
     half = width // 2

@@ -138,7 +138,7 @@ class _Machine:
 
     def push_global(self, dotted: str) -> None:
         prefix, _, name = dotted.rpartition(".")
-        known = dotted in _CALLS or prefix in ("torch", "torch.storage") and name in STORAGE_DTYPES
+        known = dotted in _CALLS or (prefix in ("torch", "torch.storage") and name in STORAGE_DTYPES)
         if not (known or dotted in INERT_NAMES or dotted.startswith(INERT_PREFIXES)):
             raise CheckpointError(
                 f"{self.where}: the pickle names {dotted[:100]!r}, which is no part of a checkpoint and may run code when "

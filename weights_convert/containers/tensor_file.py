@@ -75,7 +75,7 @@ def open_tensors(path: Path) -> TensorFile:
         return _open_legacy(path)
     if start.startswith(b"version https://git"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if len(start) > 8 and start[8:9] == b"{" or path.suffix == ".safetensors":
+    if (len(start) > 8 and start[8:9] == b"{") or path.suffix == ".safetensors":
         return _open_safetensors(path)
     raise CheckpointError(f"{path}: neither a safetensors file nor one that torch.save wrote; it starts with {start[:8]!r}")
 
@@ -248,7 +248,9 @@ def _check_inside(path: Path, name: str, tensor: PickledTensor, regions: Mapping
     last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     used = 0 if 0 in tensor.shape else (last + 1) * ITEM_SIZES[storage.dtype]
     if used > region.size or _size(tensor) > region.size:
-        raise CheckpointError(f"{path}: tensor {name} {list(tensor.shape)} needs {used:,} bytes, its storage has {region.size:,}")
+        raise CheckpointError(
+            f"{path}: tensor {name} {list(tensor.shape)} needs {used:,} bytes, its storage has {region.size:,}"
+        )
     if region.start + region.size > file_size:
         raise CheckpointError(f"{path}: tensor {name} ends at byte {region.start + region.size:,}, the file at {file_size:,}")
 
@@ -271,5 +273,3 @@ def _text(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-

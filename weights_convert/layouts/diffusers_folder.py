@@ -149,7 +149,9 @@ def _autoencoder(config: Mapping[str, Any], where: Path) -> Autoencoder:
     }
     blocks = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     if not blocks <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise CheckpointError(f"{where}: its blocks are {', '.join(sorted(map(str, blocks)))}; expected Down- and UpDecoderBlock2D")
+        raise CheckpointError(
+            f"{where}: its blocks are {', '.join(sorted(map(str, blocks)))}; expected Down- and UpDecoderBlock2D"
+        )
     return from_json(Autoencoder, _fields(config, names), str(where))
 
 
@@ -200,7 +202,9 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
 
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
     if missing:
-        raise CheckpointError(f"{checkpoint.path}: has no {' and no '.join(missing)}; a diffusers folder needs {', '.join(REQUIRED)}")
+        raise CheckpointError(
+            f"{checkpoint.path}: has no {' and no '.join(missing)}; a diffusers folder needs {', '.join(REQUIRED)}"
+        )
     with appearing_folder(path) as folder:
         for kind, subfolder in FOLDERS.items():
             if kind not in checkpoint.components:
@@ -282,7 +286,11 @@ def _autoencoder_config(autoencoder: Autoencoder) -> dict[str, Any]:
 
 
 def _clip_fields(clip: TextEncoder | ImageEncoder) -> dict[str, Any]:
-    return {**{theirs: getattr(clip, ours) for ours, theirs in CLIP_FIELDS.items()}, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    return {
+        **{theirs: getattr(clip, ours) for ours, theirs in CLIP_FIELDS.items()},
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
 
 
 def _text_config(text: TextEncoder) -> dict[str, Any]:

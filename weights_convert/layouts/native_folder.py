@@ -1,8 +1,8 @@
 """The native folder: `model.json` and one `KIND.safetensors` a component, in the names that the modules of `ldm` have.
 
-    model.json                 {"format": 1, "components": {KIND: fields of architecture.py}, "schedule": fields}
-    text_encoder.safetensors   and unet, autoencoder, safety, image_encoder, as listed in model.json
-    vocab.json, merges.txt     only where the vocabulary is not CLIP's own
+model.json                 {"format": 1, "components": {KIND: fields of architecture.py}, "schedule": fields}
+text_encoder.safetensors   and unet, autoencoder, safety, image_encoder, as listed in model.json
+vocab.json, merges.txt     only where the vocabulary is not CLIP's own
 """
 
 from collections.abc import Sequence

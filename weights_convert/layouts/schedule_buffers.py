@@ -64,8 +64,12 @@ def infer(file: TensorFile) -> Schedule:
     first, last, steps = float(found[0]), float(found[-1]), len(found)
     candidates = [Schedule()]
     if 0 < first < 1 and 0 < last < 1:
-        candidates += [Schedule(beta_start=first, beta_end=last, train_steps=steps, beta_schedule=k) for k in ("scaled_linear", "linear")]
+        candidates += [
+            Schedule(beta_start=first, beta_end=last, train_steps=steps, beta_schedule=k) for k in ("scaled_linear", "linear")
+        ]
     for schedule in candidates:
         if schedule.train_steps == steps and np.allclose(betas(schedule), found, rtol=HALF_PRECISION_ERROR, atol=0):
             return schedule
-    raise CheckpointError(f"{file.path}: betas from {first:.6g} to {last:.6g} are neither a linear nor a scaled-linear schedule")
+    raise CheckpointError(
+        f"{file.path}: betas from {first:.6g} to {last:.6g} are neither a linear nor a scaled-linear schedule"
+    )

@@ -92,7 +92,7 @@ def _is_ema(name: str) -> bool:
 
 
 def _is_tolerated(name: str, ignore: Sequence[str]) -> bool:
-    return any(name == t or t.endswith("*") and name.startswith(t[:-1]) for t in (*TOLERATED, *ignore))
+    return any(name == t or (t.endswith("*") and name.startswith(t[:-1])) for t in (*TOLERATED, *ignore))
 
 
 def _stated(file: TensorFile) -> tuple[dict[str, Architecture], Schedule | None]:
@@ -113,7 +113,7 @@ def _choose_weights(file: TensorFile, raw: Component, weights: str) -> Component
     specs = {name: spec for name, spec in file.specs.items() if _is_ema(name)}
     if weights not in ("auto", "ema", "raw"):
         raise CheckpointError(f"weights={weights!r}; expected 'auto', 'ema' or 'raw'")
-    if weights == "raw" or weights == "auto" and not specs:
+    if weights == "raw" or (weights == "auto" and not specs):
         return raw
     if not specs:
         raise CheckpointError(f"{file.path}: has no EMA weights; expected model_ema.*; ask for weights='raw' or 'auto'")
@@ -139,7 +139,9 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
         raise CheckpointError(f"{path}: a single file ends in .safetensors or .ckpt; found {path.suffix or 'no suffix'!r}")
     missing = [kind for kind in PREFIXES if kind not in checkpoint.components]
     if missing:
-        raise CheckpointError(f"{checkpoint.path}: has no {' and no '.join(missing)}; a single file holds all of {list(PREFIXES)}")
+        raise CheckpointError(
+            f"{checkpoint.path}: has no {' and no '.join(missing)}; a single file holds all of {list(PREFIXES)}"
+        )
     tensors: dict[str, Any] = schedule_buffers.tensors(checkpoint.schedule)
     for kind, prefix in PREFIXES.items():
         component = checkpoint.components[kind]

@@ -64,7 +64,7 @@ def _alike(native: str, transformers: str, layer: Layer) -> Line:
 
 
 def _image_tower(image: ImageEncoder) -> list[Line]:
-    """"pre_layrnorm" is transformers' spelling."""
+    """ "pre_layrnorm" is transformers' spelling."""
     patches = convolution(3, image.width, kernel=image.patch_size, bias=False)
     positions = (image.image_size // image.patch_size) ** 2 + 1, image.width
     return [

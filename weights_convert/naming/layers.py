@@ -56,6 +56,4 @@ def tensor(*shape: int, **arrangements: str) -> Layer:
 
 def under(prefixes: tuple[str, ...], lines: Iterable[Line]) -> list[Line]:
     """The lines with every naming's prefix put before its names."""
-    return [
-        (*(".".join(filter(None, pair)) for pair in zip(prefixes, line[:-1], strict=True)), line[-1]) for line in lines
-    ]
+    return [(*(".".join(filter(None, pair)) for pair in zip(prefixes, line[:-1], strict=True)), line[-1]) for line in lines]
