@@ -5,6 +5,7 @@ where it lies, in the memory-mapped file, so that loading costs no second copy a
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,16 +72,16 @@ def load(
     Modules are in eval mode. Raises CheckpointError, one line, where the source is not a whole model.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        raise CheckpointError(f"{source}: cannot be loaded in dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
     checkpoint = weights_convert.read(_local(source), weights=weights, variant=variant, ignore=ignore)
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
     if missing:
         there = ", ".join(checkpoint.components)
         raise CheckpointError(f"{source}: holds {there} but no {' and no '.join(missing)}; a model needs {', '.join(REQUIRED)}")
-    _check_fit(checkpoint)
+    vocabulary = checkpoint.vocabulary or clip_vocabulary()
+    _check_fit(checkpoint, len(vocabulary.tokens))
     present = {kind: checkpoint.components[kind] for kind in MODULES if kind in checkpoint.components}
     modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
-    vocabulary = checkpoint.vocabulary or clip_vocabulary()
     return Components(
         tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length),
         schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
@@ -91,6 +92,7 @@ def load(
 
 def load_module(component: Component, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build one component on the meta device and give it the checkpoint's tensors."""
+    _check_divisible(component)
     module_type, config_type = MODULES[component.kind]
     with torch.device("meta"), _SkipInitialisation():
         module = module_type(config_type(**dataclasses.asdict(component.architecture)))
@@ -138,7 +140,20 @@ def _tensors(component: Component, device: torch.device, dtype: torch.dtype) -> 
                 converted = 0
 
 
-def _check_fit(checkpoint: weights_convert.Checkpoint) -> None:
+def _check_divisible(component: Component) -> None:
+    """Heads and norm groups leave no mark on the tensors, so the file cannot vouch for them; each must divide its layer."""
+    architecture = component.architecture
+    widths = getattr(architecture, "level_widths", None) or (architecture.width,)
+    attends = getattr(architecture, "attention_levels", (True,) * len(widths))
+    attending = {*(width for width, yes in zip(widths, attends, strict=True) if yes), widths[-1]}
+    for field, layers in (("norm_groups", set(widths)), ("heads", attending)):
+        count = getattr(architecture, field, 1)
+        odd = [width for width in sorted(layers) if width % count]
+        if odd:
+            raise CheckpointError(f"{component.source}: {component.kind} has {field} {count}; expected a divisor of {odd[0]}")
+
+
+def _check_fit(checkpoint: weights_convert.Checkpoint, tokens: int) -> None:
     """Components taken from different models do not fit together; say so before the first matrix product does."""
     text, unet, autoencoder = (checkpoint.components[kind].architecture for kind in REQUIRED)
     pairs = (
@@ -150,12 +165,17 @@ def _check_fit(checkpoint: weights_convert.Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path}: {left} is {left_size}, {right} {right_size}; they are of different models"
             )
+    if tokens > text.vocabulary_size:
+        raise CheckpointError(
+            f"{checkpoint.path}: the vocabulary has {tokens:,} tokens, the text encoder {text.vocabulary_size:,}; "
+            "they are of different models"
+        )
 
 
 def _local(source: str | Path) -> Path:
     """The path of `source`, fetched first where it says "hub:"."""
     if not str(source).startswith("hub:"):
-        if not Path(source).exists() and str(source).count("/") == 1:
+        if not os.path.exists(source) and str(source).count("/") == 1:
             raise CheckpointError(f"{source}: there is no such file or folder; to fetch it from the hub, say hub:{source}")
         return Path(source)
     try:

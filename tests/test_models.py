@@ -129,10 +129,17 @@ def test_the_unet_leaves_its_arguments_alone(tiny, inputs):
 
 
 def test_the_sinusoids_are_exact_to_float64():
-    t, width = torch.tensor([981.0]), 320
+    t, width = torch.tensor([981.0], dtype=torch.float64), 320
     expected = [torch.tensor(981.0 * 10_000.0 ** (-i / 160), dtype=torch.float64) for i in range(160)]
     assert torch.allclose(timestep_embedding(t, width)[0, :160], torch.stack(expected).cos(), rtol=0, atol=2e-13)
     assert torch.allclose(timestep_embedding(t, width)[0, 160:], torch.stack(expected).sin(), rtol=0, atol=2e-13)
+
+
+def test_a_fractional_timestep_is_not_rounded_to_float32_on_its_way(tiny):
+    exact = tiny.unet.embed_time(torch.tensor([978.612], dtype=torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(tiny.unet.embed_time(978.612), exact, strict=True))
+    rounded = tiny.unet.embed_time(torch.tensor([978.612], dtype=torch.float32))
+    assert 1e-9 < relative_error(rounded[0], exact[0]) < 1e-4
 
 
 # -- Attention

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +100,47 @@ def to_json(architecture: Architecture | Schedule) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(architecture).items()}
 
 
-def from_json(kind: type, fields: Any, where: str) -> Any:
-    """Build `kind` from the JSON object `fields`; `where` names the file for an error. Unknown fields are refused."""
+def from_json(kind: type, fields: Any, where: str, called: Mapping[str, str] | None = None) -> Any:
+    """Build `kind` from the JSON object `fields`. Unknown fields are refused.
+
+    For an error, `where` names the file, and `called` says what the file calls our fields where it has other names.
+    """
     if not isinstance(fields, Mapping):
         raise CheckpointError(f"{where}: expected a JSON object of {kind.__name__} fields, found {type(fields).__name__}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
+    known, called = {f.name: f for f in dataclasses.fields(kind)}, called or {}
     for name, value in fields.items():
         if name not in known:
-            raise CheckpointError(f"{where}: unknown field {name!r} of {kind.__name__}; known are {', '.join(known)}")
-        if not _is_like(value, known[name].default) or _count(value) > LARGEST_COUNT.get(name, 2**20):
-            example = known[name].default
-            raise CheckpointError(f"{where}: field {name!r} is {value!r}; expected something like {example!r}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            raise CheckpointError(f"{where}: unknown field {shown(name)} of {kind.__name__}; known are {', '.join(known)}")
+        given = f"{where}: {called.get(name, name)} is {shown(value)}"
+        if not _is_like(value, known[name].default):
+            raise CheckpointError(f"{given}; expected something like {known[name].default!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise CheckpointError(f"{given}; expected {' or '.join(CHOICES[name])}")
+        for number, largest in _sizes(name, value):
+            if number > largest:
+                raise CheckpointError(f"{given}; expected at most {largest}, found {shown(number)}")
+    built = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    if isinstance(built, UNet) and len(built.level_widths) != len(built.attention_levels):
+        widths, attention = (called.get(name, name) for name in ("level_widths", "attention_levels"))
+        raise CheckpointError(f"{where}: {len(built.level_widths)} {widths} but {len(built.attention_levels)} {attention}")
+    return built
 
 
-# Each of these multiplies the number of tensors, so that a mistyped file cannot ask for billions of them.
-LARGEST_COUNT = {"layers": 256, "residual_blocks": 64, "level_widths": 16, "attention_levels": 16}
+CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "prediction": ("epsilon", "v_prediction")}
+LARGEST_NUMBER = 2**20
+# The first four multiply the number of tensors, so that a mistyped file cannot ask for billions of them; with a variance of
+# 1 nothing would be left of the data.
+LARGEST = {
+    **{"layers": 256, "residual_blocks": 64, "level_widths": 16, "attention_levels": 16},
+    **{"beta_start": 0.999, "beta_end": 0.999},
+}
 
 
-def _count(value: Any) -> float:
-    return len(value) if isinstance(value, list) else value if isinstance(value, int | float) else 0
+def _sizes(name: str, value: Any) -> list[tuple[float, float]]:
+    """Every number that the field holds or that counts what it holds, with the largest it may be."""
+    if isinstance(value, list):
+        return [(len(value), LARGEST[name]), *((v, LARGEST_NUMBER) for v in value)]
+    return [(value, LARGEST.get(name, LARGEST_NUMBER))] if isinstance(value, int | float) else []
 
 
 def _is_like(value: Any, example: Any) -> bool:

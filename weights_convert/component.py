@@ -12,6 +12,7 @@ from weights_convert.errors import CheckpointError
 from weights_convert.naming import Entry, bijection, shapes, to_native
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+IGNORE_HINT = "to read the file without them, name them in `ignore`"
 
 
 class NativeTensors(Mapping):
@@ -54,6 +55,18 @@ class Component:
     naming: str
     source: str  # for people: the file, and which of its weights
     tensors: NativeTensors
+
+
+def is_listed(name: str, listed: Sequence[str]) -> bool:
+    """Whether `name` is in the list. A last "*" of the list's stands for any ending."""
+    return any(name == one or (one.endswith("*") and name.startswith(one[:-1])) for one in listed)
+
+
+def check_none_left(file: TensorFile, left: Sequence[str]) -> None:
+    """Raise CheckpointError if there are tensors that belong to no component."""
+    if left:
+        names = ", ".join(name[:120] for name in left[:5])
+        raise CheckpointError(f"{file.path}: {len(left)} unexpected tensors ({names}); {IGNORE_HINT}")
 
 
 def match(
@@ -99,6 +112,8 @@ def _report(differences: Mapping[str, tuple], full_name: Callable[[str], str]) -
     if unexpected:
         parts.append(f"unexpected {_some(unexpected, full_name)}")
     wrong = [name for name, pair in differences.items() if None not in pair]
+    if unexpected and not missing and not wrong:
+        parts.append(IGNORE_HINT)
     if wrong:
         parts.append(f"misshapen {_some(wrong, lambda name: _shapes_of(full_name(name), *differences[name]))}")
     return "; ".join(parts)
@@ -106,7 +121,7 @@ def _report(differences: Mapping[str, tuple], full_name: Callable[[str], str]) -
 
 def _some(names: Sequence[str], describe: Callable[[str], str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)}: " + ", ".join(describe(name)[:300] for name in names[:limit]) + more
+    return f"{len(names)}: " + ", ".join(describe(name)[:200] for name in names[:limit]) + more
 
 
 def _nearest(name: str, unexpected: Sequence[str]) -> str:

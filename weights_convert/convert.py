@@ -1,5 +1,6 @@
 """Reading and writing whole checkpoints of any layout: `read` finds out what a path is, `write` makes another of it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,16 @@ def read(source: str | Path, *, weights: str = "auto", variant: str = "auto", ig
     Raises CheckpointError, one line, where the path is not a whole Stable Diffusion v1 checkpoint.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: there is no such file or folder")
+    try:
+        return _read(path, weights, variant, ignore)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read(path: Path, weights: str, variant: str, ignore: Sequence[str]) -> Checkpoint:
+    """`read`, by layout."""
     if path.is_file():
         if variant != "auto":
             raise CheckpointError(f"{path}: variant={variant!r} chooses among a diffusers folder's files; this is one file")
@@ -28,6 +37,10 @@ def read(source: str | Path, *, weights: str = "auto", variant: str = "auto", ig
     if weights != "auto":
         raise CheckpointError(f"{path}: weights={weights!r} chooses within a single file; this is a folder")
     if (path / native_folder.INDEX).exists():
+        if variant != "auto":
+            raise CheckpointError(
+                f"{path}: variant={variant!r} chooses among a diffusers folder's files; this is a native folder"
+            )
         return native_folder.read(path, ignore=ignore)
     return diffusers_folder.read(path, variant=variant, ignore=ignore)
 
@@ -38,5 +51,5 @@ def write(checkpoint: Checkpoint, path: str | Path, to: str, dtype: str | None =
     The result appears under its name only when whole. Returns what the layout has no place for, in words.
     """
     if to not in LAYOUTS:
-        raise CheckpointError(f"layout {to!r}; expected one of {', '.join(LAYOUTS)}")
+        raise CheckpointError(f"{path}: layout {to!r}; expected one of {', '.join(LAYOUTS)}")
     return LAYOUTS[to].write(checkpoint, Path(path), dtype)

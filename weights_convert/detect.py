@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from math import isqrt
 
 from weights_convert.architecture import (
     Architecture,
@@ -202,7 +203,7 @@ def _text_openai(shapes: Shapes) -> TextEncoder:
 
 def _image(shapes: Shapes, patch: str, positions: str, layer: str, mlp: str, projection_width: int) -> dict:
     width, _, patch_size, _ = shapes[patch]
-    side = round((shapes[positions][0] - 1) ** 0.5)
+    side = isqrt(shapes[positions][0] - 1)
     return {
         "image_size": side * patch_size,
         "patch_size": patch_size,

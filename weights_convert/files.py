@@ -7,37 +7,51 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, brief
 
-MAX_TEXT_BYTES = 32 << 20
+MAX_TEXT_BYTES = 8 << 20  # CLIP's tokenizer.json has below 4 MB; parsed, JSON can take twenty times its size
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises CheckpointError where there is none, or a pipe or device, which may never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: expected a file, found a folder, pipe or device")
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_text(path: Path) -> str:
     """The file as UTF-8 text. Raises CheckpointError where it is missing, too large or not text."""
+    with open_file(path) as file:
+        content = file.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected at most {MAX_TEXT_BYTES:,}")
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CheckpointError(f"{path}: {size:,} bytes; expected at most {MAX_TEXT_BYTES:,}")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        return content.decode().replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise CheckpointError(f"{path}: is not UTF-8 text") from None
 
 
+def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """The JSON object in `text`; `where` names it for an error."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{where}: its JSON is nested too deep") from None
+    except ValueError as error:  # no JSON, no text, or a number of thousands of digits
+        raise CheckpointError(f"{where}: is not JSON ({brief(error)})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error.msg} at line {error.lineno})") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: its JSON is nested too deep") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    return parse_json(read_text(path), path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,9 +82,9 @@ def appearing_folder(path: Path) -> Iterator[Path]:
 
 
 def _check_free(path: Path) -> None:
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise CheckpointError(f"{path}: exists already; give another name or remove it first")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise CheckpointError(f"{path}: there is no folder {path.parent}; create it first")
 
 

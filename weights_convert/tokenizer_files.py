@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, shown
 from weights_convert.files import read_json, read_text, write_json
 
 CLIP_MERGES = Path(__file__).resolve().parent.parent / "ldm" / "assets" / "bpe_simple_vocab_16e6.txt.gz"  # data, no import
@@ -59,8 +59,8 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         if not isinstance(model, dict) or model.get("type") != "BPE":
             raise CheckpointError(f"{where}: expected the model of a byte-pair tokenizer (type BPE)")
         tokens, merges = model.get("vocab"), model.get("merges")
-        if isinstance(merges, list) and all(isinstance(merge, list) for merge in merges):
-            merges = [" ".join(map(str, merge)) for merge in merges]
+        if isinstance(merges, list):  # of "left right", or of pairs
+            merges = [" ".join(merge) if _is_pair(merge) else merge for merge in merges]
     else:
         return None
     if not isinstance(tokens, dict) or not isinstance(merges, list):
@@ -79,9 +79,17 @@ def _check(tokens: dict[str, Any], merges: list[Any], where: Path) -> None:
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else ()
         if len(parts) != 2 or not all(part in tokens for part in (*parts, "".join(parts))):
-            raise CheckpointError(f"{where}: merge {str(merge)[:60]!r} does not join two tokens into a third")
+            raise CheckpointError(f"{where}: merge {shown(merge)} does not join two tokens into a third")
     if not {START, END} <= set(tokens):
         raise CheckpointError(f"{where}: has no {START} or no {END}")
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where}: a token has half a character, {shown(error.object[error.start])}") from None
+
+
+def _is_pair(merge: Any) -> bool:
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
 
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:

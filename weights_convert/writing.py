@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_convert.component import FLOATS, Component
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, brief
 
 
 class _Cast(Mapping):
@@ -34,7 +34,7 @@ def cast(component: Component, dtype: str | None) -> Mapping[str, Any]:
     import torch
 
     if dtype is not None and dtype not in FLOATS:
-        raise CheckpointError(f"dtype {dtype!r}; expected one of {', '.join(FLOATS)}")
+        raise CheckpointError(f"{component.source}: cannot be written in dtype {dtype!r}; expected one of {', '.join(FLOATS)}")
     return _Cast(component, None if dtype is None else getattr(torch, dtype))
 
 
@@ -54,16 +54,35 @@ def check_finite(component: Component, native: str, tensor: Any, found: Any) -> 
 
 
 def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> None:
-    """Save to `path` by its suffix: `.safetensors`, or torch.save's format with the strings beside `state_dict`."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    """Save to `path` by its suffix: `.safetensors`, or torch.save's format with the strings beside `state_dict`.
 
-        save_file(dict(tensors), path, metadata={"format": "pt", **strings})
-    else:
-        import torch
+    Raises OSError where the file cannot be written; either library has an error of its own for a full disk.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-        torch.save({"state_dict": dict(tensors), **strings}, path)
+    tensors = _unshared(tensors)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(tensors, path, metadata={"format": "pt", **strings})
+        else:
+            torch.save({"state_dict": tensors, **strings}, path)
+    except SafetensorError as error:
+        raise OSError(brief(error)) from None
+    except RuntimeError as error:  # torch's own words do not say so
+        raise OSError(f"is the disk full? torch.save failed with: {brief(error)}") from None
     path.chmod(0o666 & ~_umask())  # safetensors leaves the file to its owner alone
+
+
+def _unshared(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors, copied where an earlier one lies in the same memory: safetensors refuses those."""
+    kept, storages = {}, set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return kept
 
 
 def _umask() -> int:

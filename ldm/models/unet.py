@@ -140,13 +140,13 @@ def _table_line(row: Row, size: int) -> str:
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Cosines, then sines, of t at width/2 frequencies from 1 to almost 1/10000: (b,) -> (b, width).
 
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, whose order is sines first. Computed in float64 and left there:
-    the references' float32 angles, off by a rounding error that grows with t, are most of their own error at large t.
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, whose order is sines first. Computed in the precision of t,
+    which `embed_time` makes float64: the references' float32 angles, off by a rounding error that grows with t, are most of
+    their own error at large t.
     """
-    dtype = torch.float32 if t.device.type == "mps" else torch.float64  # that device has no float64
     half = width // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, dtype=dtype, device=t.device) / half)
-    angles = t.to(dtype)[:, None] * frequencies
+    frequencies = 10_000.0 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -305,7 +305,9 @@ class UNet(nn.Module):
 
         t: timesteps in [0, train_steps), fractions allowed, one for each sample (b,) or one for all.
         """
-        features = self.time_embedding(torch.as_tensor(t, device=self.conv_in.weight.device).reshape(-1))
+        device = self.conv_in.weight.device
+        precise = torch.float32 if device.type == "mps" else torch.float64  # that device has no float64
+        features = self.time_embedding(torch.as_tensor(t, dtype=precise, device=device).reshape(-1))
         return [module.project_time(features) for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def project_context(self, context: Tensor) -> list[KeysValues]:

@@ -5,7 +5,8 @@ is a machine of our own that knows a few dozen instructions and has nothing to c
 calling one is only ever looked up in a table of five, for the functions torch.save writes. Names that training code is
 known to leave in checkpoints (Lightning's callbacks, numpy scalars) become inert; every other name is refused.
 
-The standard library's `pickletools` decodes the instructions and checks their arguments against the bytes there are.
+The standard library's `pickletools` decodes the instructions and checks their arguments against the bytes there are. How
+long a pickle may be, how deep its stack, and how many steps it may take are bounded, and so are memory and time.
 """
 
 import pickletools
@@ -14,10 +15,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from weights_convert.errors import CheckpointError
+from weights_convert.containers.tensor_file import MAX_DIMENSIONS
+from weights_convert.errors import CheckpointError, brief, shown
 
-MAX_BYTES = 64 << 20  # a checkpoint's pickle is below 1 MB: it holds names and shapes, not weights
+MAX_BYTES = 16 << 20  # a checkpoint's pickle is below 1 MB: it holds names and shapes, not weights
 MAX_STACK = 20_000  # torch.save needs a few thousand
+MAX_STEPS = 2_000_000  # some 40 a tensor; a whole training state of SD v1 has below 10,000 tensors
+MAX_KEY = 2**63  # larger integers can be made to share a hash, and a dictionary of those is slow beyond use
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -95,7 +99,7 @@ def read_pickle(file: BytesIO, where: str) -> Any:
     except CheckpointError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the pickle is damaged ({_one_line(error)})") from None
+        raise CheckpointError(f"{where}: the pickle is damaged ({type(error).__name__}: {brief(error)})") from None
     raise CheckpointError(f"{where}: the pickle ends before its STOP")
 
 
@@ -107,8 +111,15 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.steps = 0
+
+    def spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise CheckpointError(f"{self.where}: the pickle takes more than {MAX_STEPS:,} steps; no checkpoint does")
 
     def step(self, name: str, argument: Any) -> None:
+        self.spend(1)
         if len(self.stack) + len(self.marks) > MAX_STACK:
             raise CheckpointError(f"{self.where}: the pickle is nested more than {MAX_STACK} deep; no checkpoint is")
         if name in _PUSH_ARGUMENT:
@@ -134,7 +145,10 @@ class _Machine:
         return items
 
     def put(self, index: int | None = None) -> None:
-        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+        index = len(self.memo) if index is None else index
+        if not 0 <= index < MAX_KEY:
+            raise ValueError(f"a memo entry numbered {shown(index)}")
+        self.memo[index] = self.stack[-1]
 
     def push_global(self, dotted: str) -> None:
         prefix, _, name = dotted.rpartition(".")
@@ -156,6 +170,10 @@ class _Machine:
         arguments = [self.pop() for _ in range(argument_count)][-1]
         function = self.pop()
         handler = _CALLS.get(function.dotted) if isinstance(function, Name) else None
+        if handler and not isinstance(arguments, tuple):
+            raise ValueError(f"a call of {function.dotted} without arguments")
+        if handler:
+            self.spend(sum(len(a) for a in arguments if isinstance(a, tuple | list | dict | str | bytes)))  # what it may copy
         self.stack.append(handler(*arguments) if handler else Inert())
 
     def persistent(self) -> None:
@@ -189,14 +207,19 @@ def _is_count(value: Any) -> bool:
 
 def _dictionary(pairs: Iterable = ()) -> dict:
     """A dictionary of the pairs whose key is a plain value: hashing a nested one could go as deep as the file likes."""
-    return {key: value for key, value in pairs if isinstance(key, str | int | float | bytes | Name | Inert | None)}
+    return {key: value for key, value in pairs if _is_plain(key)}
+
+
+def _is_plain(key: Any) -> bool:
+    return abs(key) < MAX_KEY if isinstance(key, int) else isinstance(key, str | float | bytes | Name | Inert | None)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> PickledTensor:
-    counts = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(map(_is_count, counts)):
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor without a storage, shape and strides")
-    return PickledTensor(storage, offset, tuple(shape), tuple(strides))
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, (offset, *shape, *strides))):
+        raise ValueError(f"a tensor of shape {shown(shape)}, strides {shown(strides)} and offset {shown(offset)}")
+    return PickledTensor(storage, offset, shape, strides)
 
 
 _CALLS: Mapping[str, Callable[..., Any]] = {
@@ -248,7 +271,3 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], Any]] = {
     "APPENDS": lambda m, _: m.append(m.pop_mark()),
     "ADDITEMS": lambda m, _: m.pop_mark(),
 }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

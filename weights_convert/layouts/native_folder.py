@@ -10,10 +10,10 @@ from pathlib import Path
 
 from weights_convert.architecture import COMPONENTS, Schedule, from_json, to_json
 from weights_convert.checkpoint import Checkpoint
-from weights_convert.component import match
+from weights_convert.component import is_listed, match
 from weights_convert.containers import open_tensors
 from weights_convert.detect import Found
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, shown
 from weights_convert.files import appearing_folder, read_json, write_json
 from weights_convert.naming import to_foreign
 from weights_convert.tokenizer_files import read_vocabulary, write_vocabulary
@@ -26,15 +26,15 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> Checkpoint:
     """Read the model in folder `path`."""
     index, where = read_json(path / INDEX), str(path / INDEX)
     if index.get("format") != FORMAT:
-        raise CheckpointError(f"{where}: format is {index.get('format')!r}; this version reads {FORMAT}")
+        raise CheckpointError(f"{where}: format is {shown(index.get('format'))}; this version reads {FORMAT}")
     stated, schedule = index.get("components"), from_json(Schedule, index.get("schedule", {}), where)
     if not isinstance(stated, dict) or not stated or not set(stated) <= set(COMPONENTS):
-        raise CheckpointError(f"{where}: components must be some of {', '.join(COMPONENTS)}")
+        raise CheckpointError(f"{where}: components is {shown(stated)}; expected an object of {', '.join(COMPONENTS)}")
     components = {}
     for kind, fields in stated.items():
         architecture = from_json(COMPONENTS[kind], fields, f"{where}, {kind}")
         file = open_tensors(path / f"{kind}.safetensors")
-        specs = {name: spec for name, spec in file.specs.items() if name not in ignore}
+        specs = {name: spec for name, spec in file.specs.items() if not is_listed(name, ignore)}
         components[kind] = match(file, Found(kind, "native", ""), specs, stated=architecture)
     return Checkpoint(path, "native", components, schedule, read_vocabulary(path))
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from weights_convert.architecture import COMPONENTS, Architecture, Schedule, from_json, to_json
 from weights_convert.checkpoint import Checkpoint
-from weights_convert.component import Component, match
+from weights_convert.component import Component, check_none_left, is_listed, match
 from weights_convert.containers import Spec, TensorFile, open_tensors
 from weights_convert.detect import Found, components, other_model
-from weights_convert.errors import CheckpointError
-from weights_convert.files import appearing_file
+from weights_convert.errors import CheckpointError, shown
+from weights_convert.files import appearing_file, parse_json
 from weights_convert.layouts import schedule_buffers
 from weights_convert.naming import shapes, to_foreign
 
@@ -70,14 +70,9 @@ def read(path: Path, *, weights: str = "auto", ignore: Sequence[str] = ()) -> Ch
         }
         claimed.update(one.prefix + name for name in specs)
         read_components[one.kind] = match(file, one, specs, stated=stated.get(one.kind))
-    left = [n for n in file.specs if n not in claimed and not _is_tolerated(n, ignore) and not _is_ema(n)]
-    if left:
-        raise CheckpointError(
-            f"{path}: {len(left)} unexpected tensors ({', '.join(n[:120] for n in left[:5])}); to read the file without them, "
-            "name them in `ignore`"
-        )
+    check_none_left(file, [n for n in file.specs if n not in claimed and not _is_tolerated(n, ignore) and not _is_ema(n)])
     if "unet" in read_components:
-        read_components["unet"] = _choose_weights(file, read_components["unet"], weights)
+        read_components["unet"] = _choose_weights(file, read_components["unet"], weights, ignore)
     elif weights != "auto":
         raise CheckpointError(f"{path}: {weights} weights asked for, but the file has no UNet")
     return Checkpoint(path, "compvis", read_components, schedule or schedule_buffers.infer(file))
@@ -92,7 +87,7 @@ def _is_ema(name: str) -> bool:
 
 
 def _is_tolerated(name: str, ignore: Sequence[str]) -> bool:
-    return any(name == t or (t.endswith("*") and name.startswith(t[:-1])) for t in (*TOLERATED, *ignore))
+    return is_listed(name, (*TOLERATED, *ignore))
 
 
 def _stated(file: TensorFile) -> tuple[dict[str, Architecture], Schedule | None]:
@@ -101,18 +96,19 @@ def _stated(file: TensorFile) -> tuple[dict[str, Architecture], Schedule | None]
         return {}, None
     where = f"{file.path}, metadata {ARCHITECTURE_KEY}"
     try:
-        fields = json.loads(file.metadata[ARCHITECTURE_KEY])
+        fields = parse_json(file.metadata[ARCHITECTURE_KEY], where)
         schedule = from_json(Schedule, fields.pop("schedule"), where)
-        return {kind: from_json(COMPONENTS[kind], value, where) for kind, value in fields.items()}, schedule
-    except (KeyError, AttributeError, RecursionError, json.JSONDecodeError):
-        raise CheckpointError(f"{where}: expected JSON with a schedule and components") from None
+        return {kind: from_json(COMPONENTS[kind], value, f"{where}, {kind}") for kind, value in fields.items()}, schedule
+    except KeyError as error:
+        expected = ", ".join(("schedule", *COMPONENTS))
+        raise CheckpointError(f"{where}: {shown(error.args[0])} is missing or unknown; expected {expected}") from None
 
 
-def _choose_weights(file: TensorFile, raw: Component, weights: str) -> Component:
+def _choose_weights(file: TensorFile, raw: Component, weights: str, ignore: Sequence[str]) -> Component:
     """The UNet from the averaged or from the raw weights. Both must be whole where both are there."""
-    specs = {name: spec for name, spec in file.specs.items() if _is_ema(name)}
+    specs = {name: spec for name, spec in file.specs.items() if _is_ema(name) and not _is_tolerated(name, ignore)}
     if weights not in ("auto", "ema", "raw"):
-        raise CheckpointError(f"weights={weights!r}; expected 'auto', 'ema' or 'raw'")
+        raise CheckpointError(f"{file.path}: weights={weights!r}; expected 'auto', 'ema' or 'raw'")
     if weights == "raw" or (weights == "auto" and not specs):
         return raw
     if not specs:
@@ -120,7 +116,12 @@ def _choose_weights(file: TensorFile, raw: Component, weights: str) -> Component
     dotless = {ema_name(name): name for name in shapes(raw.architecture, raw.naming)}
     named: dict[str, Spec] = {dotless.get(name, name): spec for name, spec in specs.items()}
     found = Found("unet", raw.naming, "")
-    return match(file, found, named, stated=raw.architecture, full_name=ema_name, note=" (EMA weights)")
+    return match(file, found, named, stated=raw.architecture, full_name=_ema_name_once, note=" (EMA weights)")
+
+
+def _ema_name_once(name: str) -> str:
+    """The average's name, of a UNet tensor or of one that no UNet has."""
+    return name if _is_ema(name) else ema_name(name)
 
 
 def ema_name(name: str) -> str:
@@ -142,13 +143,13 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
         raise CheckpointError(
             f"{checkpoint.path}: has no {' and no '.join(missing)}; a single file holds all of {list(PREFIXES)}"
         )
-    tensors: dict[str, Any] = schedule_buffers.tensors(checkpoint.schedule)
-    for kind, prefix in PREFIXES.items():
-        component = checkpoint.components[kind]
-        makers = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
-        tensors |= {prefix + name: make() for name, make in makers.items()}
-    tensors[PREFIXES["text_encoder"] + POSITION_IDS] = _position_ids(checkpoint)
     with appearing_file(path) as temporary:
+        tensors: dict[str, Any] = schedule_buffers.tensors(checkpoint.schedule)
+        for kind, prefix in PREFIXES.items():
+            component = checkpoint.components[kind]
+            makers = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
+            tensors |= {prefix + name: make() for name, make in makers.items()}
+        tensors[PREFIXES["text_encoder"] + POSITION_IDS] = _position_ids(checkpoint)
         save(tensors, temporary, _description(checkpoint))
     left = [f"the {kind} (a single file has no place for it)" for kind in checkpoint.components if kind not in PREFIXES]
     return left + (["the vocabulary (a single file has no place for it)"] if checkpoint.vocabulary else [])

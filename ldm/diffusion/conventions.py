@@ -1,0 +1,114 @@
+"""Conventions by name: which grid an implementation walks with which sampler, as data.
+
+The reference implementations disagree on timesteps, on the noise a run begins with, and on where it ends. `CONVENTIONS`
+holds what each does, proven against it; "ldm" is our own, right for every number of steps:
+
+    ldm         from the noisiest timestep, in equal strides, down to timestep 0, whose noise stays in
+    diffusers   v1-4's scheduler file, as each of diffusers' schedulers reads it
+    kdiffusion  crowsonkb/k-diffusion
+    compvis     CompVis/stable-diffusion
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ldm.diffusion import spacing as lay
+from ldm.diffusion.grid import Grid, Step, noise_std
+from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSpec:
+    """How a grid is made.
+
+    spacing: where the timesteps lie.
+    end: the last next_sigma: "first" for the noise of timestep 0, "none" for none at all.
+    end_t: whether the network may be asked at the end: None, or the timestep it is told there.
+    logarithmic: whether sigma at fractional timesteps is interpolated in its logarithm.
+    whole_timesteps: round the timesteps of a spacing in sigma.
+    full_range: a spacing in sigma runs over the whole schedule, not just over the grid's own levels.
+    unit_noise: begin with N(0, 1); otherwise with the share of noise that x has at the first level, a little less.
+    """
+
+    spacing: lay.Spacing = lay.uniform
+    end: str = "first"
+    end_t: float | None = 0.0
+    logarithmic: bool = True
+    whole_timesteps: bool = False
+    full_range: bool = False
+    unit_noise: bool = True
+
+
+_K = GridSpec(spacing=lay.linspace_from_top, end="none", end_t=None, unit_noise=False)
+_EULER = replace(_K, spacing=lay.linspace, logarithmic=False)
+_LEADING = GridSpec(spacing=lay.leading, end_t=None)
+_SOLVER = replace(_EULER, spacing=lay.linspace_rounded, whole_timesteps=True, full_range=True, unit_noise=True)
+_LCM = GridSpec(spacing=lay.lcm, end="none", end_t=None)
+
+# Convention -> sampler's NAME -> grid. "" is for every sampler not named.
+CONVENTIONS: dict[str, dict[str, GridSpec]] = {
+    "ldm": {"": GridSpec(), "lcm": _LCM},
+    "diffusers": {
+        **dict.fromkeys(("pndm", "ddim"), _LEADING),
+        **dict.fromkeys(("euler", "euler_ancestral", "heun", "lms"), _EULER),
+        **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc"), _SOLVER),
+        "ddpm": replace(_LEADING, end="none"),
+        "lcm": _LCM,
+    },
+    "kdiffusion": dict.fromkeys(("euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde"), _K),
+    "compvis": dict.fromkeys(("pndm", "ddim"), GridSpec(spacing=lay.compvis, end_t=1.0)),
+}
+RESPACINGS = {"karras": lay.karras, "exponential": lay.exponential}
+
+
+def make_grid(
+    schedule: ScheduleConfig, steps: int, sampler: str, *, convention: str = "ldm", respacing: str | None = None
+) -> Grid:
+    """The grid of `steps` steps that `convention` walks with `sampler` (its NAME).
+
+    respacing: "karras" or "exponential" lays the levels by sigma instead. Raises ValueError naming what is allowed.
+    """
+    sigmas = (((1 - alpha_bar(schedule)) / alpha_bar(schedule)) ** 0.5).tolist()
+    return grid_from(sigmas, steps, spec(convention, sampler), respacing)
+
+
+def spec(convention: str, sampler: str) -> GridSpec:
+    """The entry of `CONVENTIONS`."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention {convention!r}; expected one of {', '.join(CONVENTIONS)}")
+    known = CONVENTIONS[convention]
+    if sampler not in known and "" not in known:
+        raise ValueError(f"convention {convention!r} has no {sampler} sampler; it has {', '.join(known)}")
+    return known.get(sampler, known.get(""))
+
+
+def grid_from(sigmas: Sequence[float], steps: int, spec: GridSpec, respacing: str | None = None) -> Grid:
+    """The grid on a table of sigma at every trained timestep."""
+    if not 1 <= steps <= len(sigmas):
+        raise ValueError(f"{steps} steps; expected 1 to {len(sigmas)}")
+    timesteps = spec.spacing(len(sigmas), steps)
+    levels = [lay.sigma_at(t, sigmas, logarithmic=spec.logarithmic) for t in timesteps]
+    end = sigmas[0] if spec.end == "first" else 0.0
+    if respacing is not None:
+        levels, timesteps = _respaced(sigmas, levels, end, spec, respacing)
+    ahead = zip([*timesteps[1:], spec.end_t], [*levels[1:], end], strict=True)
+    made = tuple(
+        Step(t=t, sigma=sigma, next_t=next_t, next_sigma=next_sigma)
+        for t, sigma, (next_t, next_sigma) in zip(timesteps, levels, ahead, strict=True)
+    )
+    return Grid(steps=made, noise_scale=1.0 if spec.unit_noise else noise_std(levels[0]), start_sigma=levels[0])
+
+
+def _respaced(
+    sigmas: Sequence[float], levels: list[float], end: float, spec: GridSpec, respacing: str
+) -> tuple[list[float], list[float]]:
+    """As many levels, laid by sigma, and their timesteps. Where the grid ends above zero, its end is the last level's."""
+    if respacing not in RESPACINGS:
+        raise ValueError(f"respacing {respacing!r}; expected one of {', '.join(RESPACINGS)}")
+    first, last = (sigmas[-1], sigmas[0]) if spec.full_range else (levels[0], levels[-1])
+    if end > 0:
+        levels = RESPACINGS[respacing](first, end, len(levels) + 1)[:-1]
+    else:
+        levels = RESPACINGS[respacing](first, last, len(levels))
+    timesteps = [lay.t_at(sigma, sigmas) for sigma in levels]
+    return levels, [float(round(t)) for t in timesteps] if spec.whole_timesteps else timesteps

@@ -1,0 +1,1 @@
+"""Finding the first wrong number."""
