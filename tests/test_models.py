@@ -12,7 +12,8 @@ from ldm.models.attention import Attention, attention, softmax_attention
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from ldm.models.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, pool
 from ldm.models.safety import SafetyChecker, SafetyConfig
-from ldm.models.unet import UNet, UNetConfig, table, timestep_embedding
+from ldm.models.unet import UNet, UNetConfig, table
+from ldm.models.unet_blocks import timestep_embedding
 from ldm.presets import PRESETS
 from tests import seeded
 from tests.measure import relative_error

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.models import unet as unet_module
+from ldm.models import unet_blocks
 from ldm.models.clip import pool
 from tests import seeded
 from tests.measure import relative_error
@@ -77,7 +77,7 @@ def test_without_help_the_peer_differs_by_its_float32_sinusoids_and_by_nothing_e
     theirs.unet.time_proj = Timesteps(16, flip_sin_to_cos=True, downscale_freq_shift=0)
     error = unet_error(ours, theirs.unet, 981, 2, (8, 8), context)
     assert 1e-9 < error < 1e-4
-    monkeypatch.setattr(unet_module, "timestep_embedding", lambda t, width: theirs.unet.time_proj(t))
+    monkeypatch.setattr(unet_blocks, "timestep_embedding", lambda t, width: theirs.unet.time_proj(t))
     assert unet_error(ours, theirs.unet, 981, 2, (8, 8), context) < TOLERANCE
 
 

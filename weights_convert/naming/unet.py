@@ -1,7 +1,7 @@
 """The denoising UNet's layers in three namings: native, CompVis, diffusers."""
 
 from weights_convert.architecture import UNet
-from weights_convert.naming.layers import POINTWISE, Line, convolution, linear, norm, under
+from weights_convert.naming.layers import POINTWISE, Layer, Line, convolution, linear, norm, under
 
 NAMINGS = ("native", "compvis", "diffusers")
 
@@ -87,13 +87,12 @@ def _residual_block(inputs: int, outputs: int, time_width: int) -> list[Line]:
         ("conv2", "out_layers.3", "conv2", convolution(outputs, outputs)),
     ]
     if inputs != outputs:
-        found.append(("shortcut", "skip_connection", "conv_shortcut", convolution(inputs, outputs, kernel=1)))
+        found.append(("shortcut", "skip_connection", "conv_shortcut", _pointwise(inputs, outputs)))
     return found
 
 
 def _spatial_transformer(width: int, context_width: int) -> list[Line]:
-    """Native projects tokens with linear layers, the other two pixels with 1x1 convolutions: the same matrices."""
-    project = linear(width, width, compvis=POINTWISE, diffusers=POINTWISE)
+    project = _pointwise(width, width)
     block = "block", "transformer_blocks.0", "transformer_blocks.0"
     return [
         ("norm", "norm", "norm", norm(width)),
@@ -107,6 +106,11 @@ def _spatial_transformer(width: int, context_width: int) -> list[Line]:
         *under(block, [("feed_forward.reduce", "ff.net.2", "ff.net.2", linear(4 * width, width))]),
         ("proj_out", "proj_out", "proj_out", project),
     ]
+
+
+def _pointwise(inputs: int, outputs: int) -> Layer:
+    """A matrix for every pixel alone: native keeps it as one, the other two as a 1x1 convolution."""
+    return linear(inputs, outputs, compvis=POINTWISE, diffusers=POINTWISE)
 
 
 def _attention(native: str, foreign: str, width: int, context_width: int) -> list[Line]:
