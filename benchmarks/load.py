@@ -9,7 +9,7 @@ Every process starts with the files in the page cache. Columns, medians over the
     load     from the path to every component, tokenizer and schedule ready
     touch    reading every weight once afterwards: a lazy load pays here
     peak     highest resident memory of the process at the end of `load`, and its share of the weights' bytes
-    growth   that peak less what was resident before `load`, as a share of the weights' bytes
+    growth   that peak less the peak before `load`, as a share of the weights' bytes
 
 Ours reads every weight while loading, to refuse NaN; diffusers maps float32 weights and reads none. `floor` is the time to
 sum the mapped files, the least that any load that checks its weights can take.
@@ -37,24 +37,25 @@ THEIRS = """
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 start_load()
-model = StableDiffusionPipeline.from_pretrained({folder!r}, dtype=torch.{dtype})
+model = StableDiffusionPipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype})
 parts = [model.text_encoder, model.unet, model.vae, model.safety_checker]
 """
 FRAME = """
 import json, resource, time
-def resident(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_resident(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 clock = [time.perf_counter()]
 import torch
-def start_load(): clock.append(time.perf_counter()); before.append(resident())
+def start_load(): clock.append(time.perf_counter()); before.append(peak_resident())
 before = []
 {body}
 clock.append(time.perf_counter())
-peak = resident()
+peak = peak_resident()
 tensors = [t for part in parts if part is not None for t in part.state_dict().values()]
+start = time.perf_counter()
 for tensor in tensors: tensor.sum()
-clock.append(time.perf_counter())
+touch = time.perf_counter() - start
 size = sum(t.nbytes for t in tensors)
-print(json.dumps(dict(times=[b - a for a, b in zip(clock, clock[1:])], peak=peak, before=before[0], size=size)))
+print(json.dumps(dict(times=[clock[1] - clock[0], clock[2] - clock[1], touch], peak=peak, before=before[0], size=size)))
 """
 FLOOR = """
 import sys, time, torch

@@ -11,6 +11,7 @@ from importlib import import_module
 
 _HOMES = {
     "load": "ldm.checkpoint",
+    "load_module": "ldm.checkpoint",
     "build": "ldm.checkpoint",
     "Components": "ldm.checkpoint",
     "CheckpointError": "ldm.checkpoint",

@@ -23,9 +23,8 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.presets import preset
 from ldm.text.tokenizer import Tokenizer
 from weights_convert import CheckpointError
-from weights_convert.component import Component
+from weights_convert.component import Component, check_finite
 from weights_convert.tokenizer_files import clip_vocabulary
-from weights_convert.writing import check_finite
 
 MODULES = {
     "text_encoder": (TextEncoder, TextConfig),
@@ -62,18 +61,20 @@ def load(
     weights: str = "auto",
     variant: str = "auto",
     ignore: Sequence[str] = (),
+    tokenizer: str = "hf",
 ) -> Components:
     """Load the model at `source`: a native folder, a diffusers folder, a CompVis `.ckpt`, a single-file `.safetensors`, or
-    "hub:OWNER/NAME" (extra `hub`; the only source that uses the network).
+    "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION", a diffusers folder there (extra `hub`; nothing else uses the network).
 
     weights: "ema", "raw" or "auto" (EMA where there is), for a single file that holds both.
     variant: "fp16" for a diffusers folder's half-precision files, "" for the full ones, "auto" for the full ones if there.
     ignore: names of unexpected tensors to load the file without; a last "*" stands for any ending.
+    tokenizer: how prompts are cleaned, "hf" or "openai"; see `ldm/text/tokenizer.py`.
     Modules are in eval mode. Raises CheckpointError, one line, where the source is not a whole model.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"{source}: cannot be loaded in dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    checkpoint = weights_convert.read(_local(source), weights=weights, variant=variant, ignore=ignore)
+    checkpoint = weights_convert.read(_local(source, variant), weights=weights, variant=variant, ignore=ignore)
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
     if missing:
         there = ", ".join(checkpoint.components)
@@ -83,7 +84,7 @@ def load(
     present = {kind: checkpoint.components[kind] for kind in MODULES if kind in checkpoint.components}
     modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
     return Components(
-        tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length),
+        tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length, tokenizer),
         schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
         sources={kind: component.source for kind, component in present.items()},
         **{"safety": None, **modules},
@@ -172,18 +173,28 @@ def _check_fit(checkpoint: weights_convert.Checkpoint, tokens: int) -> None:
         )
 
 
-def _local(source: str | Path) -> Path:
+def _local(source: str | Path, variant: str) -> Path:
     """The path of `source`, fetched first where it says "hub:"."""
-    if not str(source).startswith("hub:"):
-        if not os.path.exists(source) and str(source).count("/") == 1:
-            raise CheckpointError(f"{source}: there is no such file or folder; to fetch it from the hub, say hub:{source}")
-        return Path(source)
+    if str(source).startswith("hub:"):
+        return _fetched(str(source), variant)
+    path = Path(source).expanduser()
+    looks_like_a_hub_id = str(source).count("/") == 1 and not path.suffix and str(source)[0] not in "~./"
+    if looks_like_a_hub_id and not os.path.exists(path):
+        raise CheckpointError(f"{source}: there is no such file or folder; to fetch it from the hub, say hub:{source}")
+    return path
+
+
+def _fetched(source: str, variant: str) -> Path:
+    """The files of a diffusers folder on the hub: the plain or the marked variant of the weights, not both."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(f"{source}: needs the hub extra; install it with: pip install 'ldm[hub]'") from None
-    patterns = ["model_index.json", "*/config.json", "*/*.safetensors", "scheduler/*", "tokenizer/*"]
+    name, _, revision = source.removeprefix("hub:").partition("@")
+    mark = "" if variant in ("auto", "") else f".{variant}"
+    weights = [f"*/{stem}{mark}.{end}" for stem in ("*model", "diffusion_pytorch_model") for end in ("safetensors", "bin")]
+    others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"]
     try:
-        return Path(snapshot_download(str(source).removeprefix("hub:"), allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*others, *weights]))
     except Exception as error:  # the library raises many kinds, from requests' to its own
         raise CheckpointError(f"{source}: not to be had from the hub ({' '.join(str(error).split())[:160]})") from None

@@ -1,6 +1,8 @@
 """Checkpoints of every layout: each is read as the same tensors, and written so that it is read as the same again."""
 
+import collections
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +152,7 @@ def test_a_file_of_one_component_is_read_by_its_names(tmp_path):
             continue
         native = {name: seeded.weight(name, shape) for name, shape in shapes(SMALL[kind], "native").items()}
         path = tmp_path / f"{kind}-{naming}.safetensors"
-        save_file({name: make() for name, make in to_foreign(SMALL[kind], naming, native).items()}, path)
+        save_file(to_foreign(SMALL[kind], naming, native), path)
         read = weights_convert.read(path).components[kind]
         assert read.naming == naming and same(dict(read.tensors), native), (kind, naming)
 
@@ -159,7 +161,7 @@ def test_openais_whole_clip_is_read_as_its_two_towers(tmp_path):
     state = {}
     for kind, prefix in (("image_encoder", "visual."), ("text_encoder", "")):
         native = {name: seeded.weight(name, shape) for name, shape in shapes(SMALL[kind], "native").items()}
-        state |= {prefix + name: make() for name, make in to_foreign(SMALL[kind], "openai", native).items()}
+        state |= {prefix + name: tensor for name, tensor in to_foreign(SMALL[kind], "openai", native).items()}
     state |= {"logit_scale": torch.tensor(4.6), "text_projection": torch.zeros(16, 12)}
     read = weights_convert.read(saved(tmp_path / "clip.pt", state))
     assert set(read.components) == {"image_encoder", "text_encoder"}
@@ -170,7 +172,7 @@ def test_openais_whole_clip_is_read_as_its_two_towers(tmp_path):
 def test_an_inpainting_checkpoint_is_recognised(tmp_path):
     unet = dataclasses.replace(SMALL["unet"], in_channels=9)
     native = {name: torch.zeros(shape) for name, shape in shapes(unet, "native").items()}
-    path = saved(tmp_path / "u.pt", {name: make() for name, make in to_foreign(unet, "compvis", native).items()})
+    path = saved(tmp_path / "u.pt", to_foreign(unet, "compvis", native))
     assert weights_convert.read(path).components["unet"].architecture == unet
 
 
@@ -183,6 +185,50 @@ def test_a_vocabulary_of_its_own_travels_with_the_model(tiny_native, tmp_path):
     weights_convert.write(weights_convert.read(folder), tmp_path / "d", "diffusers")
     assert read_vocabulary(tmp_path / "d" / "tokenizer").tokens == words
     assert ldm.load(tmp_path / "d").tokenizer("hello").ids[0, 1] == clip.tokens["<|startoftext|>"]
+    config = json.loads((tmp_path / "d" / "text_encoder" / "config.json").read_text())
+    assert config["bos_token_id"] == words["<|startoftext|>"] and config["eos_token_id"] == words["<|endoftext|>"]
+
+
+def test_loaded_weights_can_be_trained_without_touching_the_file(tiny_native):
+    """A gradient reaches every parameter, and a step changes the model's own copy of the mapped pages only."""
+    before = (tiny_native / "unet.safetensors").read_bytes()
+    with torch.inference_mode(False), torch.enable_grad():
+        unet = ldm.load(tiny_native).unet
+        x, context = seeded.tensor("x", 1, 4, 8, 8), seeded.tensor("context", 1, 77, 32)
+        unet(x, 500, context).square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+        torch.optim.SGD(unet.parameters(), lr=1.0).step()
+    assert (tiny_native / "unet.safetensors").read_bytes() == before
+    assert not torch.equal(unet.conv_in.weight, ldm.load(tiny_native).unet.conv_in.weight)
+
+
+def test_plain_python_objects_beside_the_weights_are_passed_over(tiny_native, compvis_state, tmp_path):
+    """Sets, counters, paths and types, which old pickle protocols spell differently."""
+    extra = {"seen": {1, 2}, "counts": collections.defaultdict(int), "path": Path("x"), "dtype": torch.float16}
+    for protocol in (2, 4):
+        path = saved(tmp_path / f"{protocol}.ckpt", {**compvis_state, **extra}, pickle_protocol=protocol)
+        assert same(tensors_of(path), tensors_of(tiny_native))
+
+
+def test_an_old_file_with_training_state_beside_the_weights_is_read(tiny_native, compvis_state, tmp_path):
+    content = {**compvis_state, "optimizer_states": [{"exp_avg": torch.ones(5)}]}
+    path = saved(tmp_path / "old.ckpt", content, _use_new_zipfile_serialization=False)
+    assert same(tensors_of(path), tensors_of(tiny_native))
+
+
+def test_ignore_may_be_one_name_and_may_not_be_everything(tiny_native, compvis_state, tmp_path):
+    state = {**compvis_state["state_dict"], "embedding_manager.x": torch.ones(1)}
+    path = saved(tmp_path / "a.ckpt", {**compvis_state, "state_dict": state})
+    assert same(tensors_of(path, ignore="embedding_manager.*"), tensors_of(tiny_native))
+    with pytest.raises(weights_convert.CheckpointError, match="would ignore every tensor"):
+        weights_convert.read(path, ignore=("*",))
+
+
+def test_the_tokenizers_style_is_a_choice(tiny_native):
+    curly = "don\u2019t"
+    assert not torch.equal(
+        ldm.load(tiny_native).tokenizer(curly).ids, ldm.load(tiny_native, tokenizer="openai").tokenizer(curly).ids
+    )
 
 
 # -- The command

@@ -1,11 +1,13 @@
 """Contracts of the four networks that need no other implementation: shapes, seams, structure, purity."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
 import ldm
+from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models import attention as attention_module
 from ldm.models import unet as unet_module
 from ldm.models.attention import Attention, attention, softmax_attention
@@ -63,9 +65,10 @@ def test_the_table_in_the_docstring_is_the_one_of_sd_v1():
     assert ldm.table("sd-v1") == table(UNetConfig())
 
 
-def test_the_table_states_the_real_shapes(tiny, inputs):
-    """Every block's channels and side, as hooks see them."""
-    x, t, context = inputs[0][:, :, :8, :8], *inputs[1:]
+@pytest.mark.parametrize("size", [8, 30, 7])
+def test_the_table_states_the_real_shapes(tiny, inputs, size):
+    """Every block's channels and side, as hooks see them; sides round up where they are odd."""
+    x, t, context = seeded.tensor("x", 2, 4, size, size).double(), *inputs[1:]
     seen, hooks = {}, []
     for name in ("down", "up"):
         for i, block in enumerate(getattr(tiny.unet, name)):
@@ -73,7 +76,7 @@ def test_the_table_states_the_real_shapes(tiny, inputs):
             hooks.append(block.register_forward_hook(hook))
     tiny.unet(x, t, context)
     [hook.remove() for hook in hooks]
-    lines = table(tiny.unet.config, size=8).split("\n")
+    lines = table(tiny.unet.config, size).split("\n")
     for name, (before, after) in seen.items():
         line = next(line for line in lines if line.startswith(name + " "))
         channels, sizes = re.split(r"\s{2,}", line)[1:3]
@@ -81,6 +84,13 @@ def test_the_table_states_the_real_shapes(tiny, inputs):
         assert sum(map(int, joined.split(" + "))) == before[1] and int(out) == after[1], line
         assert [before[2], after[2]] == [int(sizes.split(" -> ")[0]), int(sizes.split(" -> ")[-1])], line
     assert len(seen) == len(unet_module.down_rows(tiny.unet.config)) + len(unet_module.up_rows(tiny.unet.config))
+
+
+@pytest.mark.parametrize(("module", "config", "listed"), PAIRS, ids=lambda p: getattr(p, "__name__", ""))
+def test_models_and_checkpoints_describe_a_component_alike(module, config, listed):
+    """Field by field, so that what no tensor's shape shows (heads, groups, the scaling factor) cannot drift apart."""
+    assert dataclasses.asdict(config) == dataclasses.asdict(listed)
+    assert dataclasses.asdict(ScheduleConfig()) == dataclasses.asdict(architecture.Schedule())
 
 
 def test_configs_are_frozen_and_take_keywords_only():
@@ -93,10 +103,12 @@ def test_configs_are_frozen_and_take_keywords_only():
 # -- The UNet
 
 
-def test_the_unet_is_the_sum_of_its_seams(tiny, inputs):
-    x, t, context = inputs
-    unet = tiny.unet
-    assert torch.equal(unet(x, t, context), unet.denoise(x, unet.embed_time(t), unet.project_context(context)))
+def test_what_the_seams_computed_once_serves_every_step(tiny, inputs):
+    x, _, context = inputs
+    contexts, times = tiny.unet.project_context(context), {t: tiny.unet.embed_time(t) for t in (981, 500, 1)}
+    for t in (1, 981, 500):
+        assert torch.equal(tiny.unet.denoise(x, times[t], contexts), tiny.unet(x, t, context))
+        assert len(times[t]) == sum(name.endswith("time_projection") for name, _ in tiny.unet.named_modules())
 
 
 def test_the_seams_give_one_entry_for_each_residual_block_and_each_cross_attention(tiny, inputs):

@@ -14,7 +14,7 @@ from tests import seeded
 from tests.measure import relative_error
 
 pytestmark = pytest.mark.reference
-TOLERANCE = 1e-10  # the bound; rounding leaves about 1e-15
+TOLERANCE = 1e-10  # rounding leaves about 1e-15
 PROMPTS = ["a red cube on top of a blue sphere", "", "word " * 90]
 
 

@@ -60,8 +60,8 @@ def test_old_diffusers_autoencoder_names_are_read(tiny_diffusers, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(tiny_diffusers, old)
     vae = weights_convert.read(tiny_diffusers).components["autoencoder"]
-    makers = to_foreign(vae.architecture, "diffusers-old", vae.tensors)
-    save_file({n: make() for n, make in makers.items()}, old / "vae" / "diffusion_pytorch_model.safetensors")
+    foreign = to_foreign(vae.architecture, "diffusers-old", vae.tensors)
+    save_file(foreign, old / "vae" / "diffusion_pytorch_model.safetensors")
     checkpoint = weights_convert.read(old)
     assert checkpoint.components["autoencoder"].naming == "diffusers-old"
     assert same(tensors_of(old), tensors_of(tiny_diffusers))

@@ -128,11 +128,15 @@ def from_json(kind: type, fields: Any, where: str, called: Mapping[str, str] | N
 
 CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "prediction": ("epsilon", "v_prediction")}
 LARGEST_NUMBER = 2**20
-# The first four multiply the number of tensors, so that a mistyped file cannot ask for billions of them; with a variance of
-# 1 nothing would be left of the data.
 LARGEST = {
-    **{"layers": 256, "residual_blocks": 64, "level_widths": 16, "attention_levels": 16},
-    **{"beta_start": 0.999, "beta_end": 0.999},
+    # These multiply the number of tensors; a mistyped file must not ask for billions of them.
+    "layers": 256,
+    "residual_blocks": 64,
+    "level_widths": 16,
+    "attention_levels": 16,
+    # With a variance of 1 nothing would be left of the data.
+    "beta_start": 0.999,
+    "beta_end": 0.999,
 }
 
 

@@ -1,6 +1,7 @@
 """A component found in a file, held against its naming table: every tensor accounted for, or an error naming those not."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,20 @@ def check_none_left(file: TensorFile, left: Sequence[str]) -> None:
     if left:
         names = ", ".join(name[:120] for name in left[:5])
         raise CheckpointError(f"{file.path}: {len(left)} unexpected tensors ({names}); {IGNORE_HINT}")
+
+
+def check_finite(component: Component, native: str, tensor: Any, found: Any) -> None:
+    """Raise CheckpointError if `tensor`, made from `found`, holds NaN or infinity, saying which of the two steps made it."""
+    if all(math.isfinite(extreme) for extreme in tensor.aminmax()):  # both are NaN where any element is
+        return
+    name, path = component.tensors.foreign_name(native), component.tensors.file.path
+    if found is not tensor and bool(found.isfinite().all()):
+        largest = float(found.abs().max())
+        raise CheckpointError(f"{path}: {name} reaches {largest:.4g}, more than {tensor.dtype} holds; use bfloat16 or float32")
+    bad = int((~found.isfinite()).sum())
+    raise CheckpointError(
+        f"{path}: {name} holds {bad:,} of {found.numel():,} numbers that are NaN or infinite; the file is damaged"
+    )
 
 
 def match(

@@ -19,7 +19,9 @@ def read(source: str | Path, *, weights: str = "auto", variant: str = "auto", ig
     ignore: names of unexpected tensors to read the file without; a last "*" stands for any ending.
     Raises CheckpointError, one line, where the path is not a whole Stable Diffusion v1 checkpoint.
     """
-    path = Path(source)
+    path, ignore = Path(source), (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if "*" in ignore:
+        raise CheckpointError(f"{path}: ignore='*' would ignore every tensor; name those to leave out")
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: there is no such file or folder")
     try:

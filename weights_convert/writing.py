@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from weights_convert.component import FLOATS, Component
+from weights_convert.component import FLOATS, Component, check_finite
 from weights_convert.errors import CheckpointError, brief
 
 
@@ -36,21 +36,6 @@ def cast(component: Component, dtype: str | None) -> Mapping[str, Any]:
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"{component.source}: cannot be written in dtype {dtype!r}; expected one of {', '.join(FLOATS)}")
     return _Cast(component, None if dtype is None else getattr(torch, dtype))
-
-
-def check_finite(component: Component, native: str, tensor: Any, found: Any) -> None:
-    """Raise CheckpointError if `tensor`, made from `found`, holds NaN or infinity, saying which of the two steps made it."""
-    low, high = (float(x) for x in tensor.aminmax())  # NaN where any element is
-    if low - low == 0 and high - high == 0:
-        return
-    name, path = component.tensors.foreign_name(native), component.tensors.file.path
-    if found is not tensor and bool(found.isfinite().all()):
-        largest = float(found.abs().max())
-        raise CheckpointError(f"{path}: {name} reaches {largest:.4g}, more than {tensor.dtype} holds; use bfloat16 or float32")
-    bad = int((~found.isfinite()).sum())
-    raise CheckpointError(
-        f"{path}: {name} holds {bad:,} of {found.numel():,} numbers that are NaN or infinite; the file is damaged"
-    )
 
 
 def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> None:

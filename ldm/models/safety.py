@@ -1,7 +1,8 @@
 """The network of the safety checker: how near an image lies to each of a list of unwanted concepts.
 
 Rando et al. 2022, "Red-Teaming the Stable Diffusion Safety Filter", arXiv:2210.04610, describe it from the released weights:
-CLIP's image tower, and for every concept an embedding and a threshold on its cosine similarity.
+CLIP's image tower, and for every concept an embedding and a threshold on its cosine similarity. Here the cosines are
+computed; what follows from a threshold passed is for the caller to decide.
 """
 
 from dataclasses import dataclass

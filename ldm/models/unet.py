@@ -118,7 +118,7 @@ def table(config: UNetConfig, size: int = 64) -> str:
     lines = [f"{'block':<10}{'channels':<22}{'map':<11}parts", f"{'conv_in':<10}{f'{config.in_channels} -> {width}':<22}{size}"]
     for row in down_rows(config):
         lines.append(_table_line(row, size))
-    bottom_size = size >> len(config.level_widths) - 1
+    bottom_size = _side(size, len(config.level_widths) - 1)
     lines.append(f"{'middle':<10}{f'{bottom} -> {bottom}':<22}{bottom_size:<11}residual, attention, residual")
     for row in up_rows(config):
         lines.append(_table_line(row, size))
@@ -126,9 +126,14 @@ def table(config: UNetConfig, size: int = 64) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _side(size: int, level: int) -> int:
+    """The side of a level's feature map: each level halves, rounding up."""
+    return -(-size // 2**level)
+
+
 def _table_line(row: Row, size: int) -> str:
-    before = size >> row.level
-    after = {"": before, "down": before // 2, "up": before * 2}[row.resample]
+    before = _side(size, row.level)
+    after = _side(size, row.level + {"": 0, "down": 1, "up": -1}[row.resample])
     channels = f"{row.in_channels}{f' + {row.skip_channels}' if row.skip_channels else ''} -> {row.out_channels}"
     parts = ["residual"] * (row.resample != "down") + ["attention"] * row.attention
     parts += {"": [], "down": ["downsample"], "up": ["upsample"]}[row.resample]
@@ -153,7 +158,9 @@ class Block(nn.Module):
         self.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if row.resample == "down" else None
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if row.resample == "up" else None
 
-    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], size: torch.Size) -> Tensor:
+    def forward(
+        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], size: torch.Size | None = None
+    ) -> Tensor:
         if self.residual is not None:
             x = self.residual(x, next(times))
         if self.attention is not None:
@@ -220,14 +227,14 @@ class UNet(nn.Module):
 
     def denoise(self, x: Tensor, times: Sequence[Tensor], contexts: Sequence[KeysValues]) -> Tensor:
         """The network proper, given what `embed_time` and `project_context` returned."""
-        times, contexts = iter(times), iter(contexts)
+        times, contexts = iter(times), iter(contexts)  # each block takes its own, in the order of the modules
         x = self.conv_in(x)
         skips = [x]
         for block in self.down:
-            x = block(x, times, contexts, x.shape[-2:])
+            x = block(x, times, contexts)
             skips.append(x)
         x = self.middle(x, times, contexts)
         for block in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, times, contexts, skips[-1].shape[-2:] if skips else x.shape[-2:])
+            x = block(x, times, contexts, size=skips[-1].shape[-2:] if skips else None)
         return self.conv_out(F.silu(self.norm_out(x)))

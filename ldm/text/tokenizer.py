@@ -5,7 +5,7 @@ Radford et al. 2021 (arXiv:2103.00020, section 2.4). A text is cleaned, split in
 bytes are merged pair by pair in the order of the shipped merges. Two styles of cleaning are in circulation, and they differ
 on curly quotes, HTML entities, ligatures, final sigma and the like:
 
-    "hf"      transformers' CLIPTokenizer: NFC, white space collapsed, lower case. What diffusers runs; the default.
+    "hf"      transformers' CLIPTokenizer: NFC, white space collapsed, lower case. The default, as transformers 5 has it.
     "openai"  OpenAI's own: ftfy, HTML unescaped twice, white space collapsed, lower case (extra `openai`).
 
 A text has room for 75 tokens between start and end mark. What does not fit is cut off, and reported. The rest is padded
@@ -140,7 +140,7 @@ def _byte_letters() -> dict[int, str]:
     """A printable letter for each byte, in the order of their ids: printable bytes are themselves, the rest follow U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 @lru_cache(maxsize=1)

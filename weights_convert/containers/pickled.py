@@ -47,13 +47,20 @@ INERT_NAMES = {
     "argparse.Namespace",
     "collections.defaultdict",
     "collections.Counter",
+    "collections.deque",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
     "torch.device",
+    *(f"torch.{dtype}" for dtype in STORAGE_DTYPES.values()),
     "typing.Any",
     "builtins.set",
     "builtins.dict",
     "builtins.list",
     "builtins.int",
+    "builtins.long",
 }
+OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocols 0 to 2 call them
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,12 @@ class Inert:
     __slots__ = ()
 
 
-def read_pickle(file: BytesIO, where: str) -> Any:
-    """Run the pickle that starts at `file`'s position; `where` names it for errors. Leaves the position after its end."""
-    machine = _Machine(where)
+def read_pickle(file: BytesIO, where: str, storages: dict[str, Storage] | None = None) -> Any:
+    """Run the pickle that starts at `file`'s position; `where` names it for errors. Leaves the position after its end.
+
+    Every storage it refers to, whether for a tensor that is wanted or not, is entered in `storages` by its key.
+    """
+    machine = _Machine(where, {} if storages is None else storages)
     try:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
@@ -106,8 +116,9 @@ def read_pickle(file: BytesIO, where: str) -> Any:
 class _Machine:
     """The stack, the marks into it, and the memo."""
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, storages: dict[str, Storage]):
         self.where = where
+        self.storages = storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -152,6 +163,8 @@ class _Machine:
 
     def push_global(self, dotted: str) -> None:
         prefix, _, name = dotted.rpartition(".")
+        prefix = OLD_MODULES.get(prefix, prefix)
+        dotted = f"{prefix}.{name}"
         known = dotted in _CALLS or (prefix in ("torch", "torch.storage") and name in STORAGE_DTYPES)
         if not (known or dotted in INERT_NAMES or dotted.startswith(INERT_PREFIXES)):
             raise CheckpointError(
@@ -184,7 +197,8 @@ class _Machine:
         dtype = STORAGE_DTYPES.get(storage_type.dotted.rpartition(".")[2])
         if dtype is None or not isinstance(key, str) or not _is_count(length):
             raise ValueError("a storage without a readable type, key and length")
-        self.stack.append(Storage(key, dtype, length))
+        self.storages[key] = Storage(key, dtype, length)
+        self.stack.append(self.storages[key])
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]

@@ -101,16 +101,16 @@ def open_legacy(path: Path) -> TensorFile:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = io.BytesIO(file.read(MAX_BYTES))
-        _, _, system, content, keys = (read_pickle(head, str(path)) for _ in range(5))
+        storages: dict[str, Storage] = {}
+        _, _, system, content, keys = (read_pickle(head, str(path), storages) for _ in range(5))
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise CheckpointError(f"{path}: {BIG_ENDIAN}")
-        storages = {tensor.storage.key: tensor.storage for tensor in _tensors(path, content).values()}
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise CheckpointError(f"{path}: the pickle is damaged (a list of storages was expected, and not found)")
         position, regions = head.tell(), {}
         for key in keys:
             if key not in storages:
-                raise CheckpointError(f"{path}: an old torch.save file with storage {key[:40]} outside its state dict")
+                raise CheckpointError(f"{path}: an old torch.save file whose storage {key[:40]} nothing refers to")
             length = storages[key].length
             regions[key] = _Region(position + 8, length * ITEM_SIZES[storages[key].dtype])
             if position + 8 <= size:

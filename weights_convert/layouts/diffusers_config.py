@@ -43,7 +43,10 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
 
 # What diffusers and transformers call our fields.
 CLIP_FIELDS = {
-    **{"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "mlp_width": "intermediate_size"},
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
 }
 FIELDS: Mapping[type, Mapping[str, str]] = {
     UNet: {
@@ -124,8 +127,11 @@ def _check_blocks(blocks: list[str], known: tuple[str, ...], name: str, where: P
 
 def schedule(config: Mapping[str, Any], where: Path) -> Schedule:
     """Turn scheduler_config.json into our numbers. What it leaves out has the value of v1."""
-    if config.get("trained_betas") is not None:
-        raise CheckpointError(f"{where}: trained_betas is set; expected a schedule given by beta_start and beta_end")
+    for name, usual in (("trained_betas", None), ("rescale_betas_zero_snr", False)):
+        if config.get(name, usual) != usual:
+            raise CheckpointError(
+                f"{where}: {name} is {shown(config[name])}; expected a schedule of beta_start and beta_end alone"
+            )
     return from_json(Schedule, _renamed(Schedule, config), str(where), FIELDS[Schedule])
 
 
@@ -184,9 +190,6 @@ def _text_config(text: TextEncoder) -> dict[str, Any]:
         "vocab_size": text.vocabulary_size,
         "max_position_embeddings": text.context_length,
         "projection_dim": text.width,
-        "bos_token_id": text.vocabulary_size - 2,
-        "eos_token_id": text.vocabulary_size - 1,
-        "pad_token_id": 1,
     }
 
 

@@ -13,7 +13,7 @@ from weights_convert.files import appearing_folder, read_json, write_json
 from weights_convert.layouts import diffusers_config
 from weights_convert.layouts.single_file import POSITION_IDS
 from weights_convert.naming import to_foreign
-from weights_convert.tokenizer_files import clip_vocabulary, read_vocabulary, write_vocabulary
+from weights_convert.tokenizer_files import END, START, clip_vocabulary, read_vocabulary, write_vocabulary
 
 FOLDERS = {"text_encoder": "text_encoder", "unet": "unet", "autoencoder": "vae", "safety": "safety_checker"}
 REQUIRED = ("text_encoder", "unet", "autoencoder")
@@ -85,7 +85,7 @@ NAMINGS = {"unet": "diffusers", "autoencoder": "diffusers", "text_encoder": "tra
 
 
 def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[str]:
-    """Write a folder that diffusers loads. Returns what was left out: nothing."""
+    """Write a folder that diffusers loads. Returns what was left out."""
     from weights_convert.writing import cast, save
 
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
@@ -98,15 +98,19 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
             if kind not in checkpoint.components:
                 continue
             component = checkpoint.components[kind]
-            makers = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
             prefix = "text_model." if kind == "text_encoder" else ""
-            tensors = {prefix + name: make() for name, make in makers.items()}
+            foreign = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
+            tensors = {prefix + name: tensor for name, tensor in foreign.items()}
             stem = "diffusion_pytorch_model" if kind in ("unet", "autoencoder") else "model"
             (folder / subfolder).mkdir()
             save(tensors, folder / subfolder / f"{stem}.safetensors", {})
-            write_json(folder / subfolder / "config.json", diffusers_config.CONFIGS[kind](component.architecture))
+            config = diffusers_config.CONFIGS[kind](component.architecture)
+            if kind == "text_encoder":
+                tokens = (checkpoint.vocabulary or clip_vocabulary()).tokens
+                config |= {"bos_token_id": tokens[START], "eos_token_id": tokens[END], "pad_token_id": tokens[END]}
+            write_json(folder / subfolder / "config.json", config)
         _write_rest(checkpoint, folder)
-    return []
+    return [f"the {kind} (a diffusers folder has no place for it)" for kind in checkpoint.components if kind not in FOLDERS]
 
 
 def _write_rest(checkpoint: Checkpoint, folder: Path) -> None:

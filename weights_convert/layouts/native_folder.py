@@ -45,8 +45,8 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
 
     with appearing_folder(path) as folder:
         for kind, component in checkpoint.components.items():
-            makers = to_foreign(component.architecture, "native", cast(component, dtype))
-            save({name: make() for name, make in makers.items()}, folder / f"{kind}.safetensors", {})
+            foreign = to_foreign(component.architecture, "native", cast(component, dtype))
+            save(foreign, folder / f"{kind}.safetensors", {})
         components = {kind: to_json(component.architecture) for kind, component in checkpoint.components.items()}
         write_json(folder / INDEX, {"format": FORMAT, "components": components, "schedule": to_json(checkpoint.schedule)})
         if checkpoint.vocabulary:

@@ -147,8 +147,8 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
         tensors: dict[str, Any] = schedule_buffers.tensors(checkpoint.schedule)
         for kind, prefix in PREFIXES.items():
             component = checkpoint.components[kind]
-            makers = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
-            tensors |= {prefix + name: make() for name, make in makers.items()}
+            foreign = to_foreign(component.architecture, NAMINGS[kind], cast(component, dtype))
+            tensors |= {prefix + name: tensor for name, tensor in foreign.items()}
         tensors[PREFIXES["text_encoder"] + POSITION_IDS] = _position_ids(checkpoint)
         save(tensors, temporary, _description(checkpoint))
     left = [f"the {kind} (a single file has no place for it)" for kind in checkpoint.components if kind not in PREFIXES]

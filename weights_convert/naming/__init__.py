@@ -76,12 +76,12 @@ def to_native(entry: Entry, foreign: Any) -> Any:
     return foreign.reshape(entry.shape)
 
 
-def to_foreign(architecture: Architecture, naming: str, native: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Every foreign name with a function that makes its tensor from the native ones, so that one need be held at a time."""
+def to_foreign(architecture: Architecture, naming: str, native: Mapping[str, Any]) -> dict[str, Any]:
+    """Every foreign tensor by name, made of the native ones: a view of them wherever the arrangement allows."""
     sources: dict[str, list[Entry]] = {}
     for entry in bijection(architecture, naming):
         sources.setdefault(entry.foreign, []).append(entry)
-    return {name: lambda parts=parts: _assemble(parts, native) for name, parts in sources.items()}
+    return {name: _assemble(parts, native) for name, parts in sources.items()}
 
 
 def _assemble(parts: list[Entry], native: Mapping[str, Any]) -> Any:
