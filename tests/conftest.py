@@ -1,6 +1,7 @@
 """What the tests share: models filled with seeded weights, a way to measure error, and which extras are there."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _inference():
+def _inference(request):
+    """No gradients; and one thread, which is quicker for tiny tensors, but where a test is marked slow."""
+    torch.set_num_threads(os.cpu_count() if "slow" in request.keywords else 1)
     with torch.inference_mode():
         yield
 

@@ -9,12 +9,37 @@ holds what each does, proven against it; "ldm" is our own, right for every numbe
     compvis     CompVis/stable-diffusion
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ldm.diffusion import spacing as lay
 from ldm.diffusion.grid import Grid, Step, noise_std
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
+
+
+def last_steps(grid: Grid, count: int) -> Grid:
+    """The last `count` steps, begun at the level of the first of them."""
+    steps = grid.steps[len(grid) - count :]
+    return replace(grid, steps=steps, start_sigma=steps[0].sigma)
+
+
+def last_steps_of_plms_list(grid: Grid, count: int) -> Grid:
+    """diffusers' PNDM: it cuts its list of timesteps, in which the second stands twice, and so loses the repetition.
+
+    The first step is one too noisy, and after it the network and the schedule are one step ahead of x for the rest.
+    """
+    cut = len(grid) - count
+    if cut == 0:
+        return grid
+    steps = (grid.steps[cut - 1], *grid.steps[cut + 1 :])
+    return replace(grid, steps=steps, start_sigma=steps[0].sigma)
+
+
+def last_steps_from_one_above(grid: Grid, count: int) -> Grid:
+    """CompVis: the image is noised to the level above that of the first step. There is none above all steps."""
+    if count == len(grid):
+        raise ValueError("CompVis's image-to-image has no strength 1; expected less")
+    return replace(last_steps(grid, count), start_sigma=grid.steps[len(grid) - count - 1].sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +53,7 @@ class GridSpec:
     whole_timesteps: round the timesteps of a spacing in sigma.
     full_range: a spacing in sigma runs over the whole schedule, not just over the grid's own levels.
     unit_noise: begin with N(0, 1); otherwise with the share of noise that x has at the first level, a little less.
+    from_image: which of the steps image-to-image runs, and from which level.
     """
 
     spacing: lay.Spacing = lay.uniform
@@ -37,26 +63,29 @@ class GridSpec:
     whole_timesteps: bool = False
     full_range: bool = False
     unit_noise: bool = True
+    from_image: Callable[[Grid, int], Grid] = last_steps
 
 
 _K = GridSpec(spacing=lay.linspace_from_top, end="none", end_t=None, unit_noise=False)
 _EULER = replace(_K, spacing=lay.linspace, logarithmic=False)
 _LEADING = GridSpec(spacing=lay.leading, end_t=None)
 _SOLVER = replace(_EULER, spacing=lay.linspace_rounded, whole_timesteps=True, full_range=True, unit_noise=True)
+_COMPVIS = GridSpec(spacing=lay.compvis, end_t=1.0, from_image=last_steps_from_one_above)
 _LCM = GridSpec(spacing=lay.lcm, end="none", end_t=None)
 
 # Convention -> sampler's NAME -> grid. "" is for every sampler not named.
 CONVENTIONS: dict[str, dict[str, GridSpec]] = {
     "ldm": {"": GridSpec(), "lcm": _LCM},
     "diffusers": {
-        **dict.fromkeys(("pndm", "ddim"), _LEADING),
+        "pndm": replace(_LEADING, from_image=last_steps_of_plms_list),
+        "ddim": _LEADING,
         **dict.fromkeys(("euler", "euler_ancestral", "heun", "lms"), _EULER),
         **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc"), _SOLVER),
         "ddpm": replace(_LEADING, end="none"),
         "lcm": _LCM,
     },
     "kdiffusion": dict.fromkeys(("euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde"), _K),
-    "compvis": dict.fromkeys(("pndm", "ddim"), GridSpec(spacing=lay.compvis, end_t=1.0)),
+    "compvis": dict.fromkeys(("pndm", "ddim"), _COMPVIS),
 }
 RESPACINGS = {"karras": lay.karras, "exponential": lay.exponential}
 
@@ -70,6 +99,17 @@ def make_grid(
     """
     sigmas = (((1 - alpha_bar(schedule)) / alpha_bar(schedule)) ** 0.5).tolist()
     return grid_from(sigmas, steps, spec(convention, sampler), respacing)
+
+
+def from_image(grid: Grid, strength: float, sampler: str, *, convention: str = "ldm") -> Grid | None:
+    """The part of `grid` that image-to-image runs at `strength` in (0, 1]: int(S x strength) steps, None where that is 0.
+
+    Its `start_sigma` is the level to which the image is noised first.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength}; expected 0 to 1")
+    count = min(int(len(grid) * strength), len(grid))
+    return spec(convention, sampler).from_image(grid, count) if count else None
 
 
 def spec(convention: str, sampler: str) -> GridSpec:

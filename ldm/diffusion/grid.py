@@ -6,7 +6,7 @@ x keep the variance they had in training: x = signal(sigma) (x0 + sigma eps), wi
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,6 @@ class Grid:
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
-
-    def last(self, count: int) -> "Grid":
-        """The grid's last `count` steps, as image-to-image runs them."""
-        if not 0 < count <= len(self):
-            raise ValueError(f"{count} steps asked for of a grid of {len(self)}")
-        kept = self.steps[len(self) - count :]
-        return replace(self, steps=kept, start_sigma=kept[0].sigma)
 
 
 def signal(sigma: float) -> float:

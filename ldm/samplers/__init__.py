@@ -3,7 +3,8 @@
     sample(model, x, grid, *, noise, after_step) -> x
 
 over the steps of a grid (`ldm/diffusion/grid.py`), which carries the noise levels, so that none needs the schedule. A file
-states its NAME, the SPELLINGS users know it by, its PAPER, its ORDER of convergence, whether it draws noise (STOCHASTIC), and
+states its NAME, the SPELLINGS users know it by, its PAPER, its ORDER of convergence (of a whole run, its
+start included), whether it draws noise (STOCHASTIC), and
 `calls(grid)`, how often it asks the network. A new file here is found, and tested, with nothing to register.
 """
 

@@ -15,7 +15,8 @@ from ldm.diffusion.sampling import AfterStep, Info, Model, Noise, keep, move, pr
 NAME = "lms"
 SPELLINGS = ("LMS", "k_lms", "LMSDiscreteScheduler", "sample_lms")
 PAPER = "arXiv:2206.00364"
-ORDER = 4
+ORDER = 2  # the first step is Euler's, and its error stays; after it, 4
+HISTORY = 4
 STOCHASTIC = False
 
 
@@ -28,7 +29,7 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
     for i, step in enumerate(grid):
         eps = model(x, step.t)
         x0 = predict_x0(x, eps, step.sigma)
-        history = [(step.sigma, eps), *history[: ORDER - 1]]
+        history = [(step.sigma, eps), *history[: HISTORY - 1]]
         weights = adams_bashforth([sigma for sigma, _ in history], step.sigma, step.next_sigma)
         slope = sum(weight * past for weight, (_, past) in zip(weights, history, strict=True))
         x = move(x, slope, step.sigma, step.next_sigma)

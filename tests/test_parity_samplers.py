@@ -1,0 +1,204 @@
+"""Samplers against diffusers' schedulers: the latents after every step, in float64, with the same network.
+
+diffusers keeps its tables in float32 and casts samples to float32 in several steps, whatever the sample's type. Here its
+tables are given in float64 and its casts are held off, so that what is compared is the method and not its rounding; its own
+timesteps and (float32) sigmas are compared as they are.
+"""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+
+from ldm.diffusion.conventions import from_image, make_grid
+from ldm.diffusion.grid import noise_std, signal
+from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
+from ldm.samplers import all_samplers
+from tests.measure import relative_error
+
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-9
+V1_4 = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+PEERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+DATA_UNITS = ("euler", "euler_ancestral", "heun", "lms")  # the peers that keep x / signal
+KARRAS = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+SHAPE = (2, 4, 5, 7)
+
+
+def network(x, t):
+    """A stand-in for the UNet: smooth, not linear, and sensitive to t."""
+    return torch.tanh(0.7 * x + 0.3 * torch.sin(3.0 * x.flip(-1)) + float(t) / 700 - 0.5)
+
+
+def peer(name, **options):
+    import diffusers
+
+    if name == "dpmpp_2m_sde":
+        options["algorithm_type"] = "sde-dpmsolver++"
+    return getattr(diffusers, PEERS[name]).from_config(V1_4, **options)
+
+
+def exact(scheduler, grid):
+    """Give the scheduler the grid's levels in float64."""
+    scheduler.alphas_cumprod = alpha_bar(ScheduleConfig())
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    if hasattr(scheduler, "one"):
+        scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    if hasattr(scheduler, "sigmas"):
+        sigmas = [step.sigma for step in grid] + [grid.steps[-1].next_sigma]
+        if type(scheduler).__name__.startswith("Heun"):
+            sigmas = [sigmas[0], *(s for s in sigmas[1:-1] for _ in range(2)), sigmas[-1]]
+        scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    if scheduler.timesteps.is_floating_point():
+        timesteps = [step.t for step in grid]
+        if type(scheduler).__name__.startswith("Heun"):
+            timesteps = [timesteps[0], *(t for t in timesteps[1:] for _ in range(2))]
+        scheduler.timesteps = torch.tensor(timesteps, dtype=torch.float64)
+
+
+@contextmanager
+def default_float64():
+    """Whole numbers times fractions become float64 rather than float32."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def their_run(name, scheduler, timesteps, x, seed=0, **options):
+    """x after every step over `timesteps`, all of the scheduler's or the last of them, as the pipelines walk them."""
+    generator, trace = torch.Generator().manual_seed(seed), []
+    if name in ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"):
+        options["generator"] = generator
+    for t in timesteps:
+        with mock.patch("torch.float32", torch.float64), default_float64():
+            eps = network(scheduler.scale_model_input(x, t), t)
+            x = scheduler.step(eps, t, x, **options, return_dict=False)[0]
+        trace.append(x)
+    return trace
+
+
+def our_run(name, grid, x, seed=0, **options):
+    generator, trace = torch.Generator().manual_seed(seed), []
+
+    def noise():
+        return torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+
+    def keep(x, info):
+        trace.append(x)
+        return x
+
+    all_samplers()[name].sample(network, x, grid, noise=noise, after_step=keep, **options)
+    return trace
+
+
+def in_our_units(name, trace, grid):
+    """The peer's x after each of our steps: without the repetitions of PNDM and Heun, and brought to our units."""
+    if name == "pndm" and len(trace) > len(grid):
+        trace = trace[1:]
+    if name == "heun":
+        trace = [*trace[1::2], trace[-1]] if len(trace) > 1 else trace
+    scale = (signal(step.next_sigma) if name in DATA_UNITS else 1.0 for step in grid)
+    return [x * s for x, s in zip(trace, scale, strict=True)]
+
+
+def compare(name, steps, *, respacing=None, strength=None, theirs=None, **options):
+    grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", respacing=respacing)
+    scheduler = peer(name, **(theirs or {}))
+    scheduler.set_timesteps(steps)
+    exact(scheduler, grid)
+    timesteps = scheduler.timesteps
+    if strength is not None:
+        kept = min(int(steps * strength), steps)
+        begin = (steps - kept) * scheduler.order
+        timesteps = timesteps[begin:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        grid = from_image(grid, strength, name, convention="diffusers")
+        assert timesteps[0] == pytest.approx(grid.steps[0].t, abs=1e-3)
+    x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    x = x * (grid.noise_scale if strength is None else 1.0)
+    start = x / signal(grid.steps[0].sigma) if name in DATA_UNITS else x
+    if strength is None:
+        assert float(scheduler.init_noise_sigma) == pytest.approx(float((start / x).mean()) * grid.noise_scale, rel=1e-5)
+    found = our_run(name, grid, x, **options)
+    expected = in_our_units(name, their_run(name, scheduler, timesteps, start, **options), grid)
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert relative_error(a, b) < TOLERANCE, f"step {i} of {len(found)}"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
+@pytest.mark.parametrize("name", PEERS)
+def test_every_step_is_diffusers(name, steps):
+    compare(name, steps)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 20, 50])
+@pytest.mark.parametrize("name", KARRAS)
+def test_every_step_is_diffusers_on_karras_sigmas(name, steps):
+    compare(name, steps, respacing="karras", theirs={"use_karras_sigmas": True})
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
+def test_every_step_of_ddim_with_eta_1_is_diffusers(steps):
+    compare("ddim", steps, eta=1.0)
+
+
+# Not LMS: begun in the middle, diffusers' gives its one evaluation the weight it would have among four.
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"])
+def test_every_step_of_image_to_image_is_diffusers(name, strength):
+    compare(name, 50, strength=strength)
+
+
+@pytest.mark.parametrize(("name", "respacing"), [*((n, None) for n in PEERS), *((n, "karras") for n in KARRAS)])
+def test_timesteps_and_sigmas_are_diffusers(name, respacing):
+    for steps in (1, 2, 7, 25, 50):
+        if respacing and steps == 1:
+            continue
+        grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", respacing=respacing)
+        scheduler = peer(name, **({"use_karras_sigmas": True} if respacing else {}))
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps.double().tolist()
+        if name == "pndm" and steps > 1:
+            theirs = [theirs[0], *theirs[2:]]
+        if name == "heun":
+            theirs = [*theirs[0::2]]
+        assert [step.t for step in grid] == pytest.approx(theirs, abs=2e-3)
+        if hasattr(scheduler, "sigmas"):
+            sigmas = scheduler.sigmas.double().tolist()
+            if name != "heun":
+                assert [*(step.sigma for step in grid), grid.steps[-1].next_sigma] == pytest.approx(sigmas, rel=2e-5, abs=1e-9)
+
+
+def test_the_noise_a_run_begins_with():
+    """The first level's own share of noise with k-diffusion's grids, all of N(0, 1) with the others."""
+    sigma = make_grid(ScheduleConfig(), 50, "euler", convention="kdiffusion").steps[0].sigma
+    assert sigma == pytest.approx(14.6146, abs=1e-3)
+    assert make_grid(ScheduleConfig(), 50, "euler", convention="kdiffusion").noise_scale == noise_std(sigma)
+    assert make_grid(ScheduleConfig(), 50, "ddim", convention="diffusers").noise_scale == 1.0
