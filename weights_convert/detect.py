@@ -28,39 +28,44 @@ class Found:
     prefix: str
 
 
-# Kind, naming, prefix, and two probes: the component is there if either is, so that a file that lost one is told which.
-# The first line of a kind that fits is taken.
-SIGNATURES = (
-    ("unet", "compvis", "model.diffusion_model.", "input_blocks.0.0.weight", "time_embed.0.weight"),
-    ("unet", "compvis", "", "input_blocks.0.0.weight", "time_embed.0.weight"),
-    ("unet", "diffusers", "", "down_blocks.0.resnets.0.time_emb_proj.weight", "mid_block.resnets.0.time_emb_proj.weight"),
-    ("autoencoder", "compvis", "first_stage_model.", "encoder.down.0.block.0.norm1.weight", "decoder.mid.attn_1.q.weight"),
-    ("autoencoder", "compvis", "", "encoder.down.0.block.0.norm1.weight", "decoder.mid.attn_1.q.weight"),
-    (
-        *("autoencoder", "diffusers", ""),
-        *("encoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+# Two tensors of each kind and naming: the component is there if either is, so that a file that lost one is told which.
+PROBES = {
+    ("unet", "compvis"): ("input_blocks.0.0.weight", "time_embed.0.weight"),
+    ("unet", "diffusers"): ("down_blocks.0.resnets.0.time_emb_proj.weight", "mid_block.resnets.0.time_emb_proj.weight"),
+    ("autoencoder", "compvis"): ("encoder.down.0.block.0.norm1.weight", "decoder.mid.attn_1.q.weight"),
+    ("autoencoder", "diffusers"): (
+        "encoder.mid_block.attentions.0.to_q.weight",
+        "decoder.mid_block.attentions.0.to_q.weight",
     ),
-    (
-        *("autoencoder", "diffusers-old", ""),
-        *("encoder.mid_block.attentions.0.query.weight", "decoder.mid_block.attentions.0.query.weight"),
+    ("autoencoder", "diffusers-old"): (
+        "encoder.mid_block.attentions.0.query.weight",
+        "decoder.mid_block.attentions.0.query.weight",
     ),
-    *(
-        ("text_encoder", "transformers", prefix, "embeddings.token_embedding.weight", "final_layer_norm.weight")
-        for prefix in ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
+    ("text_encoder", "transformers"): ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
+    ("text_encoder", "openai"): ("token_embedding.weight", "ln_final.weight"),
+    ("safety", "transformers"): (
+        "vision_model.vision_model.embeddings.class_embedding",
+        "vision_model.vision_model.post_layernorm.weight",
     ),
-    ("text_encoder", "openai", "", "token_embedding.weight", "ln_final.weight"),
-    (
-        *("safety", "transformers", ""),
-        *("vision_model.vision_model.embeddings.class_embedding", "vision_model.vision_model.post_layernorm.weight"),
+    ("safety", "transformers-5"): ("concept_embeds", "special_care_embeds"),
+    ("image_encoder", "openai"): ("conv1.weight", "ln_pre.weight"),
+    ("image_encoder", "transformers"): (
+        "vision_model.embeddings.class_embedding",
+        "vision_model.post_layernorm.weight",
     ),
-    ("safety", "transformers-5", "", "concept_embeds", "special_care_embeds"),
-    ("image_encoder", "openai", "visual.", "conv1.weight", "ln_pre.weight"),
-    ("image_encoder", "openai", "", "conv1.weight", "ln_pre.weight"),
-    (
-        *("image_encoder", "transformers", ""),
-        *("vision_model.embeddings.class_embedding", "vision_model.post_layernorm.weight"),
+}
+# What may stand before a component's names, longest first; nothing stands before those not listed.
+PREFIXES = {
+    ("unet", "compvis"): ("model.diffusion_model.", ""),
+    ("autoencoder", "compvis"): ("first_stage_model.", ""),
+    ("text_encoder", "transformers"): (
+        "cond_stage_model.transformer.text_model.",
+        "cond_stage_model.transformer.",
+        "text_model.",
+        "",
     ),
-)
+    ("image_encoder", "openai"): ("visual.", ""),
+}
 
 # Names that tell another model, for a refusal that says what the file is.
 OTHER_MODELS = (
@@ -81,9 +86,10 @@ OTHER_MODELS = (
 def components(names: Iterable[str]) -> list[Found]:
     """The components whose names are among `names`, one of a kind."""
     names, found = set(names), {}
-    for kind, naming, prefix, *probes in SIGNATURES:
-        if kind not in found and any(prefix + probe in names for probe in probes):
-            found[kind] = Found(kind, naming, prefix)
+    for (kind, naming), probes in PROBES.items():
+        for prefix in PREFIXES.get((kind, naming), ("",)):
+            if kind not in found and any(prefix + probe in names for probe in probes):
+                found[kind] = Found(kind, naming, prefix)
     if "safety" in found:
         found.pop("image_encoder", None)  # it is the safety checker's own
     return list(found.values())
