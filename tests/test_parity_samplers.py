@@ -126,8 +126,8 @@ def in_our_units(name, trace, grid):
     return [x * s for x, s in zip(trace, scale, strict=True)]
 
 
-def compare(name, steps, *, respacing=None, strength=None, theirs=None, **options):
-    grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", respacing=respacing)
+def compare(name, steps, *, spacing=None, strength=None, theirs=None, **options):
+    grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", spacing=spacing)
     scheduler = peer(name, **(theirs or {}))
     scheduler.set_timesteps(steps)
     exact(scheduler, grid)
@@ -161,7 +161,7 @@ def test_every_step_is_diffusers(name, steps):
 @pytest.mark.parametrize("steps", [2, 3, 7, 20, 50])
 @pytest.mark.parametrize("name", KARRAS)
 def test_every_step_is_diffusers_on_karras_sigmas(name, steps):
-    compare(name, steps, respacing="karras", theirs={"use_karras_sigmas": True})
+    compare(name, steps, spacing="karras", theirs={"use_karras_sigmas": True})
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
@@ -176,13 +176,13 @@ def test_every_step_of_image_to_image_is_diffusers(name, strength):
     compare(name, 50, strength=strength)
 
 
-@pytest.mark.parametrize(("name", "respacing"), [*((n, None) for n in PEERS), *((n, "karras") for n in KARRAS)])
-def test_timesteps_and_sigmas_are_diffusers(name, respacing):
+@pytest.mark.parametrize(("name", "spacing"), [*((n, None) for n in PEERS), *((n, "karras") for n in KARRAS)])
+def test_timesteps_and_sigmas_are_diffusers(name, spacing):
     for steps in (1, 2, 7, 25, 50):
-        if respacing and steps == 1:
+        if spacing and steps == 1:
             continue
-        grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", respacing=respacing)
-        scheduler = peer(name, **({"use_karras_sigmas": True} if respacing else {}))
+        grid = make_grid(ScheduleConfig(), steps, name, convention="diffusers", spacing=spacing)
+        scheduler = peer(name, **({"use_karras_sigmas": True} if spacing else {}))
         scheduler.set_timesteps(steps)
         theirs = scheduler.timesteps.double().tolist()
         if name == "pndm" and steps > 1:

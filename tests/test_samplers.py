@@ -194,10 +194,10 @@ def test_lms_weights_integrate_polynomials_exactly():
 # -- Grids and conventions
 
 
-@pytest.mark.parametrize("respacing", ["karras", "exponential"])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_respaced_grids_keep_their_ends_and_still_solve(name, respacing):
-    grid = make_grid(SCHEDULE, 25, name, respacing=respacing)
+def test_respaced_grids_keep_their_ends_and_still_solve(name, spacing):
+    grid = make_grid(SCHEDULE, 25, name, spacing=spacing)
     assert grid.steps[0].sigma == pytest.approx(SIGMAS[-1]) and grid.steps[-1].next_sigma == SIGMAS[0] and len(grid) == 25
     assert error(name, 25, grid=grid) < 0.1
 
@@ -257,8 +257,8 @@ def test_bad_arguments_are_named():
         make_grid(SCHEDULE, 5, "ddim", convention="a1111")
     with pytest.raises(ValueError, match="convention 'kdiffusion' has no ddim sampler"):
         make_grid(SCHEDULE, 5, "ddim", convention="kdiffusion")
-    with pytest.raises(ValueError, match="respacing 'cubic'; expected one of karras, exponential"):
-        make_grid(SCHEDULE, 5, "ddim", respacing="cubic")
+    with pytest.raises(ValueError, match="spacing 'cubic'; expected one of uniform, leading, linspace"):
+        make_grid(SCHEDULE, 5, "ddim", spacing="cubic")
 
 
 def test_levels_are_three_views_of_one_number():
@@ -271,4 +271,4 @@ def test_levels_are_three_views_of_one_number():
 def test_t_and_sigma_are_inverse_to_each_other():
     for t in (0.0, 0.25, 500.0, 978.612, 999.0):
         assert spacing.t_at(spacing.sigma_at(t, SIGMAS, logarithmic=True), SIGMAS) == pytest.approx(t, abs=1e-9)
-    assert set(CONVENTIONS) == {"ldm", "diffusers", "kdiffusion", "compvis"} and conventions.RESPACINGS
+    assert set(CONVENTIONS) == {"ldm", "diffusers", "kdiffusion", "compvis"} and conventions.SPACINGS

@@ -74,8 +74,8 @@ class SafetyChecker(ImageEncoder):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How noise was added in training. `beta_schedule` is "scaled_linear" or "linear"; `prediction` "epsilon" or
-    "v_prediction"."""
+    """How noise was added in training. `beta_schedule` is "scaled_linear", "linear" or "cosine" (which has no start and end of
+    its own); `prediction` "epsilon" or "v_prediction"."""
 
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.00085
@@ -126,7 +126,7 @@ def from_json(kind: type, fields: Any, where: str, called: Mapping[str, str] | N
     return built
 
 
-CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "prediction": ("epsilon", "v_prediction")}
+CHOICES = {"beta_schedule": ("scaled_linear", "linear", "cosine"), "prediction": ("epsilon", "v_prediction")}
 LARGEST_NUMBER = 2**20
 LARGEST = {
     # These multiply the number of tensors; a mistyped file must not ask for billions of them.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ldm.diffusion import spacing as lay
 from ldm.diffusion.grid import Grid, Step, noise_std
-from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
+from ldm.diffusion.schedule import ScheduleConfig, sigmas
 
 
 def last_steps(grid: Grid, count: int) -> Grid:
@@ -87,28 +87,44 @@ CONVENTIONS: dict[str, dict[str, GridSpec]] = {
     "kdiffusion": dict.fromkeys(("euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde"), _K),
     "compvis": dict.fromkeys(("pndm", "ddim"), _COMPVIS),
 }
-RESPACINGS = {"karras": lay.karras, "exponential": lay.exponential}
+
+# What a caller may ask for by name instead of the convention's own.
+IN_TIME = {
+    "uniform": lay.uniform,
+    "leading": lay.leading,
+    "linspace": lay.linspace_from_top,
+    "trailing": lay.trailing,
+    "compvis": lay.compvis,
+}
+IN_SIGMA = {"karras": lay.karras, "exponential": lay.exponential}
+SPACINGS = (*IN_TIME, *IN_SIGMA)
 
 
 def make_grid(
-    schedule: ScheduleConfig, steps: int, sampler: str, *, convention: str = "ldm", respacing: str | None = None
+    schedule: ScheduleConfig, steps: int, sampler: str, *, convention: str = "ldm", spacing: str | None = None
 ) -> Grid:
     """The grid of `steps` steps that `convention` walks with `sampler` (its NAME).
 
-    respacing: "karras" or "exponential" lays the levels by sigma instead. Raises ValueError naming what is allowed.
+    spacing: one of `SPACINGS` instead of the convention's own. Raises ValueError naming what is allowed.
     """
-    sigmas = (((1 - alpha_bar(schedule)) / alpha_bar(schedule)) ** 0.5).tolist()
-    return grid_from(sigmas, steps, spec(convention, sampler), respacing)
+    chosen = spec(convention, sampler)
+    if spacing is not None and spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r}; expected one of {', '.join(SPACINGS)}")
+    if spacing in IN_TIME:
+        # The leading grid begins with N(0, 1) wherever it is used.
+        chosen = replace(chosen, spacing=IN_TIME[spacing], unit_noise=chosen.unit_noise or spacing == "leading")
+    return grid_from(sigmas(schedule), steps, chosen, spacing if spacing in IN_SIGMA else None)
 
 
-def from_image(grid: Grid, strength: float, sampler: str, *, convention: str = "ldm") -> Grid | None:
-    """The part of `grid` that image-to-image runs at `strength` in (0, 1]: int(S x strength) steps, None where that is 0.
+def from_image(grid: Grid, strength: float, sampler: str, *, convention: str = "ldm", steps: int | None = None) -> Grid | None:
+    """The part of `grid` that image-to-image runs at `strength` in [0, 1]: int(S x strength) steps, None where that is 0.
 
-    Its `start_sigma` is the level to which the image is noised first.
+    Its `start_sigma` is the level to which the image is noised first. steps: the S that was asked for, where the grid has
+    another number of steps (CompVis's).
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength}; expected 0 to 1")
-    count = min(int(len(grid) * strength), len(grid))
+    count = min(int((steps or len(grid)) * strength), len(grid))
     return spec(convention, sampler).from_image(grid, count) if count else None
 
 
@@ -122,16 +138,18 @@ def spec(convention: str, sampler: str) -> GridSpec:
     return known.get(sampler, known.get(""))
 
 
-def grid_from(sigmas: Sequence[float], steps: int, spec: GridSpec, respacing: str | None = None) -> Grid:
-    """The grid on a table of sigma at every trained timestep."""
-    if not 1 <= steps <= len(sigmas):
-        raise ValueError(f"{steps} steps; expected 1 to {len(sigmas)}")
-    timesteps = spec.spacing(len(sigmas), steps)
-    levels = [lay.sigma_at(t, sigmas, logarithmic=spec.logarithmic) for t in timesteps]
-    end = sigmas[0] if spec.end == "first" else 0.0
-    if respacing is not None:
-        levels, timesteps = _respaced(sigmas, levels, end, spec, respacing)
-    ahead = zip([*timesteps[1:], spec.end_t], [*levels[1:], end], strict=True)
+def grid_from(table: Sequence[float], steps: int, spec: GridSpec, in_sigma: str | None = None) -> Grid:
+    """The grid on a table of sigma at every trained timestep, its levels laid anew where `in_sigma` names a spacing."""
+    if not 1 <= steps <= len(table):
+        raise ValueError(f"{steps} steps; expected 1 to {len(table)}")
+    timesteps = spec.spacing(len(table), steps)
+    levels = [lay.sigma_at(t, table, logarithmic=spec.logarithmic) for t in timesteps]
+    end, end_t = (table[0], spec.end_t) if spec.end == "first" else (0.0, None)
+    if in_sigma is not None:
+        levels, timesteps = _laid_in_sigma(table, levels, end, spec, in_sigma)
+    if timesteps[-1] == 0:  # the spacing asks the network at the last level itself; what is left is to remove its noise
+        end, end_t = 0.0, None
+    ahead = zip([*timesteps[1:], end_t], [*levels[1:], end], strict=True)
     made = tuple(
         Step(t=t, sigma=sigma, next_t=next_t, next_sigma=next_sigma)
         for t, sigma, (next_t, next_sigma) in zip(timesteps, levels, ahead, strict=True)
@@ -139,16 +157,14 @@ def grid_from(sigmas: Sequence[float], steps: int, spec: GridSpec, respacing: st
     return Grid(steps=made, noise_scale=1.0 if spec.unit_noise else noise_std(levels[0]), start_sigma=levels[0])
 
 
-def _respaced(
-    sigmas: Sequence[float], levels: list[float], end: float, spec: GridSpec, respacing: str
+def _laid_in_sigma(
+    table: Sequence[float], levels: list[float], end: float, spec: GridSpec, name: str
 ) -> tuple[list[float], list[float]]:
     """As many levels, laid by sigma, and their timesteps. Where the grid ends above zero, its end is the last level's."""
-    if respacing not in RESPACINGS:
-        raise ValueError(f"respacing {respacing!r}; expected one of {', '.join(RESPACINGS)}")
-    first, last = (sigmas[-1], sigmas[0]) if spec.full_range else (levels[0], levels[-1])
+    first, last = (table[-1], table[0]) if spec.full_range else (levels[0], levels[-1])
     if end > 0:
-        levels = RESPACINGS[respacing](first, end, len(levels) + 1)[:-1]
+        levels = IN_SIGMA[name](first, end, len(levels) + 1)[:-1]
     else:
-        levels = RESPACINGS[respacing](first, last, len(levels))
-    timesteps = [lay.t_at(sigma, sigmas) for sigma in levels]
+        levels = IN_SIGMA[name](first, last, len(levels))
+    timesteps = [lay.t_at(sigma, table) for sigma in levels]
     return levels, [float(round(t)) for t in timesteps] if spec.whole_timesteps else timesteps

@@ -68,6 +68,8 @@ FIELDS: Mapping[type, Mapping[str, str]] = {
     },
 }
 
+COSINE = "squaredcos_cap_v2"  # what diffusers calls the cosine schedule
+
 
 # -- Reading -----------------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,10 @@ def schedule(config: Mapping[str, Any], where: Path) -> Schedule:
             raise CheckpointError(
                 f"{where}: {name} is {shown(config[name])}; expected a schedule of beta_start and beta_end alone"
             )
-    return from_json(Schedule, _renamed(Schedule, config), str(where), FIELDS[Schedule])
+    fields = _renamed(Schedule, config)
+    if fields.get("beta_schedule") == COSINE:
+        fields["beta_schedule"] = "cosine"
+    return from_json(Schedule, fields, str(where), FIELDS[Schedule])
 
 
 # -- Writing -----------------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def scheduler_config(schedule: Schedule) -> dict[str, Any]:
     """PNDM with the settings v1-4 was published with."""
     return {
         "_class_name": "PNDMScheduler",
-        "beta_schedule": schedule.beta_schedule,
+        "beta_schedule": COSINE if schedule.beta_schedule == "cosine" else schedule.beta_schedule,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "num_train_timesteps": schedule.train_steps,

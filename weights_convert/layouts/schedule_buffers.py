@@ -27,9 +27,12 @@ HALF_PRECISION_ERROR = 2e-3  # relative, of betas kept in float16 or bfloat16 an
 
 
 def betas(schedule: Schedule) -> Any:
-    """The variance added at each step, float64 (train_steps,)."""
+    """The variance added at each step, float64 (train_steps,). Cosine: arXiv:2102.09672, eq. 17 and section 3.2."""
     import numpy as np
 
+    if schedule.beta_schedule == "cosine":
+        wanted = np.cos((np.arange(schedule.train_steps + 1) / schedule.train_steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - wanted[1:] / wanted[:-1], 0.999)
     if schedule.beta_schedule == "linear":
         return np.linspace(schedule.beta_start, schedule.beta_end, schedule.train_steps)
     return np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps) ** 2
@@ -62,7 +65,7 @@ def infer(file: TensorFile) -> Schedule:
         raise CheckpointError(f"{file.path}: betas has shape {list(file.specs['betas'].shape)}; expected [1000]")
     found = file.tensor("betas").double().numpy()
     first, last, steps = float(found[0]), float(found[-1]), len(found)
-    candidates = [Schedule()]
+    candidates = [Schedule(), Schedule(beta_schedule="cosine", train_steps=steps)]
     if 0 < first < 1 and 0 < last < 1:
         candidates += [
             Schedule(beta_start=first, beta_end=last, train_steps=steps, beta_schedule=k) for k in ("scaled_linear", "linear")
@@ -70,6 +73,4 @@ def infer(file: TensorFile) -> Schedule:
     for schedule in candidates:
         if schedule.train_steps == steps and np.allclose(betas(schedule), found, rtol=HALF_PRECISION_ERROR, atol=0):
             return schedule
-    raise CheckpointError(
-        f"{file.path}: betas from {first:.6g} to {last:.6g} are neither a linear nor a scaled-linear schedule"
-    )
+    raise CheckpointError(f"{file.path}: betas from {first:.6g} to {last:.6g} are no linear, scaled-linear or cosine schedule")
