@@ -15,6 +15,13 @@ _HOMES = {
     "build": "ldm.checkpoint",
     "Components": "ldm.checkpoint",
     "CheckpointError": "ldm.checkpoint",
+    "txt2img": "ldm.pipelines.text_to_image",
+    "img2img": "ldm.pipelines.image_to_image",
+    "inpaint": "ldm.pipelines.inpaint",
+    "replay": "ldm.pipelines.replay",
+    "pictures": "ldm.pipelines.latents",
+    "Settings": "ldm.pipelines.settings",
+    "Result": "ldm.pipelines.run",
     "PRESETS": "ldm.presets",
     "table": "ldm.presets",
 }

@@ -41,7 +41,7 @@ RELEASE_EVERY = 64 << 20  # bytes converted between two releases of the mapped f
 class Components:
     """A whole model, ready to run. `safety` is None where the checkpoint has no safety checker.
 
-    `sources` says for each component which file, and which of its weights, it came from.
+    `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file, and which of its weights, it came from.
     """
 
     tokenizer: Tokenizer
@@ -51,6 +51,7 @@ class Components:
     schedule: ScheduleConfig
     safety: SafetyChecker | None
     sources: Mapping[str, str]
+    name: str
 
 
 def load(
@@ -87,6 +88,7 @@ def load(
         tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length, tokenizer),
         schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
         sources={kind: component.source for kind, component in present.items()},
+        name=Path(checkpoint.path).resolve().stem,
         **{"safety": None, **modules},
     )
 
@@ -121,6 +123,7 @@ def build(name: str, *, seed: int, device: str | torch.device = "cpu", dtype: to
         schedule=config.schedule,
         safety=None,
         sources=dict.fromkeys(modules, f"random weights, seed {seed}"),
+        name=f"{name} with random weights",
         **modules,
     )
 

@@ -70,7 +70,7 @@ def unet(config) -> UNet2DConditionModel:
         attention_head_dim=config.heads,
         cross_attention_dim=config.context_width,
         norm_num_groups=config.norm_groups,
-        sample_size=64,
+        sample_size=config.sample_size,
     ).eval()
 
 

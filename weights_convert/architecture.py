@@ -1,8 +1,8 @@
 """What a checkpoint's components look like, in numbers. The defaults are Stable Diffusion v1.
 
 These few numbers decide every tensor's name and shape (`naming/` enumerates them). They are what `model.json` of a native
-folder holds, field by field. `heads` and `norm_groups` leave no mark on any tensor's shape, so a single file cannot tell
-them: there the defaults stand, and a text or image encoder has heads 64 wide, as every CLIP has.
+folder holds, field by field. `heads`, `norm_groups` and `sample_size` leave no mark on any tensor's shape, so a single file
+cannot tell them: there the defaults stand, and a text or image encoder has heads 64 wide, as every CLIP has.
 """
 
 import dataclasses
@@ -15,7 +15,10 @@ from weights_convert.errors import CheckpointError, shown
 
 @dataclass(frozen=True, kw_only=True)
 class UNet:
-    """The denoiser. `level_widths` and `attention_levels` run from the finest resolution to the coarsest."""
+    """The denoiser. `level_widths` and `attention_levels` run from the finest resolution to the coarsest.
+
+    `sample_size`, the side of the latents it was trained on, decides no tensor: only what size a picture has by default.
+    """
 
     in_channels: int = 4
     out_channels: int = 4
@@ -25,6 +28,7 @@ class UNet:
     heads: int = 8
     context_width: int = 768
     norm_groups: int = 32
+    sample_size: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,10 @@ from ldm.models.unet_blocks import (
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """SD v1's UNet. Levels run from the finest resolution to the coarsest, each half the one before."""
+    """SD v1's UNet. Levels run from the finest resolution to the coarsest, each half the one before.
+
+    `sample_size`: the side of the latents it was trained on, and so what size pictures have by default; it takes any.
+    """
 
     in_channels: int = 4
     out_channels: int = 4
@@ -64,6 +67,7 @@ class UNetConfig:
     heads: int = 8
     context_width: int = 768
     norm_groups: int = 32
+    sample_size: int = 64
 
     @property
     def time_width(self) -> int:

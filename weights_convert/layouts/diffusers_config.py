@@ -52,6 +52,7 @@ FIELDS: Mapping[type, Mapping[str, str]] = {
     UNet: {
         **{"in_channels": "in_channels", "out_channels": "out_channels", "level_widths": "block_out_channels"},
         **{"residual_blocks": "layers_per_block", "context_width": "cross_attention_dim", "norm_groups": "norm_num_groups"},
+        "sample_size": "sample_size",
     },
     Autoencoder: {
         **{"image_channels": "in_channels", "latent_channels": "latent_channels", "level_widths": "block_out_channels"},
@@ -110,6 +111,8 @@ def _unet(config: Mapping[str, Any], where: Path) -> UNet:
     heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
     attention = [name == "CrossAttnDownBlock2D" for name in down]
     fields = {**_renamed(UNet, config), "attention_levels": attention, "heads": config.get(heads) or 8}
+    if isinstance(fields.get("sample_size"), list):  # height and width
+        fields["sample_size"] = max(fields["sample_size"], default=64)
     return from_json(UNet, fields, str(where), {**FIELDS[UNet], "attention_levels": "down_block_types", "heads": heads})
 
 
@@ -157,7 +160,7 @@ def _unet_config(unet: UNet) -> dict[str, Any]:
         "attention_head_dim": unet.heads,
         "cross_attention_dim": unet.context_width,
         "norm_num_groups": unet.norm_groups,
-        "sample_size": 64,
+        "sample_size": unet.sample_size,
     }
 
 

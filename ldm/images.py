@@ -1,0 +1,99 @@
+"""Pictures <-> tensors (b, 3, h, w) in [-1, 1], and masks (1, 1, h, w) of 0 and 1. The only place that rounds.
+
+Reading is strict: PNG, JPEG or WebP, one frame. What can be converted without doubt is: pictures are turned upright as their
+EXIF says, transparency is laid on white, CMYK and palettes become RGB, 16 bits become 8. What cannot is refused, by name.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 1 << 26  # 8192 x 8192: more is a mistake, or an attack by a small file that unpacks to much
+
+
+def read(path: str | Path) -> Image.Image:
+    """The picture in a file, upright, in 8-bit RGB. Raises ValueError, one line, where it is not one."""
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            _check(opened, str(path))
+            opened.load()
+            return rgb(opened, str(path))
+    except ValueError as error:
+        raise error if str(error).startswith(str(path)) else _unreadable(path, error) from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError and more
+        raise _unreadable(path, error) from None
+
+
+def rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """A picture as 8-bit RGB, upright, transparency laid on white. Raises ValueError where that would be a guess."""
+    _check(image, name)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = _eight_bits(image, name)
+    if image.mode == "F":
+        raise ValueError(f"{name}: has floating-point values; expected 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def floor_to(side: int, multiple: int) -> int:
+    """The largest multiple that fits in `side`, at least one."""
+    return max(side // multiple, 1) * multiple
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture -> (1, 3, h, w) in [-1, 1], float32, resized (Lanczos) to size (width, height) where it has another."""
+    image = rgb(image)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return 2 * pixels.permute(2, 0, 1)[None] - 1
+
+
+def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask -> (1, 1, h, w), float32: 1 where it is nearer to white, resized as a picture is; 0 elsewhere."""
+    mask = rgb(mask, "the mask")
+    if mask.size != size:
+        mask = mask.resize(size, Image.Resampling.LANCZOS)
+    grey = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32)) / 255
+    return (grey >= 0.5).float()[None, None]
+
+
+def to_images(pixels: Tensor, *, truncate: bool = False) -> list[Image.Image]:
+    """(b, 3, h, w) in [-1, 1] -> pictures. What lies outside is clamped; 255ths are rounded, half to even, or cut off.
+
+    Raises ValueError where a value is NaN.
+    """
+    if pixels.isnan().any():
+        raise ValueError("the decoded image holds NaN, so this type is too narrow for the model; try dtype float32 or bfloat16")
+    levels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    levels = levels.floor() if truncate else levels.round()
+    arrays = levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def _check(image: Image.Image, name: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"{name}: has {frames} frames; expected a single picture; save one frame on its own")
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{name}: has {image.width} x {image.height} pixels; expected at most {MOST_PIXELS:,} in all")
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    values = np.array(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name}: has 32-bit values; expected 8 or 16 bits a channel")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return ValueError(f"{path}: cannot be read ({error.strerror})")
+    return ValueError(f"{path}: cannot be read as PNG, JPEG or WebP ({' '.join(str(error).split())[:120]})")

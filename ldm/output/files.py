@@ -1,0 +1,95 @@
+"""Picture files: a PNG that carries its receipt, written whole or not at all, and never over another."""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ldm.output import receipt as receipts
+
+KEY = "ldm"  # of the PNG text that holds the receipt
+NUMBERED = re.compile(r"(\d{5,})(-.*)?\.png")
+
+
+def save(image: Image.Image, receipt: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write the picture into `folder` under the next free number and its seed, as in 00007-1234.png, and return the path."""
+    folder = Path(folder)
+    with _Partial(image, receipt, folder) as partial:
+        number = _next_number(folder)
+        while True:
+            path = folder / f"{number:05}-{receipt['seed']}.png"
+            try:
+                os.link(partial, path)  # unlike a renaming, this fails where the name is taken
+                return path
+            except FileExistsError:
+                number += 1
+            except OSError:  # a file system without links
+                if not path.exists():
+                    os.replace(partial, path)
+                    return path
+                number += 1
+
+
+def save_as(image: Image.Image, receipt: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the picture under this very name, over what was there."""
+    path = Path(path)
+    with _Partial(image, receipt, path.parent) as partial:
+        os.replace(partial, path)
+    return path
+
+
+def read_receipt(path: str | Path) -> dict[str, Any]:
+    """The receipt that a PNG carries. Raises ValueError, one line, where there is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()  # text may stand behind the pixels
+            text = image.info.get(KEY)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: cannot be read as PNG ({reason})") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: carries no receipt; expected a PNG written by ldm and not saved anew by another program")
+    return receipts.from_json(text, str(path))
+
+
+class _Partial:
+    """A whole file under a hidden name in the folder where it will stand, gone again on leaving."""
+
+    def __init__(self, image: Image.Image, receipt: Mapping[str, Any], folder: Path):
+        self.image, self.folder = image, folder
+        self.info = PngImagePlugin.PngInfo()
+        self.info.add_text("parameters", receipts.parameters(receipt).replace("\0", ""))
+        self.info.add_text(KEY, receipts.to_json(receipt))
+
+    def __enter__(self) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, self.name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                self.image.save(file, format="PNG", pnginfo=self.info)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(self.name, 0o666 & ~_umask())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        if os.path.exists(self.name):
+            os.unlink(self.name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _next_number(folder: Path) -> int:
+    taken = [int(found.group(1)) for name in os.listdir(folder) if (found := NUMBERED.fullmatch(name))]
+    return max(taken, default=-1) + 1

@@ -1,0 +1,99 @@
+"""The receipt of a picture: everything that made it, as JSON, and the line of `parameters` that other tools read.
+
+A receipt is a dict of plain values: the task and its fields as given, the seed, the model by name and fingerprint, versions,
+hashes of what went in and of the pixels that came out. `ldm.pipelines.replay` makes the picture again from it.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.samplers import all_samplers
+
+FORMAT = 1
+PROBES = 64  # values looked at in each tensor
+
+
+def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+    """A short hash of a model's weights: names, shapes, and 64 values of every tensor, evenly spread, rounded to bfloat16.
+
+    It tells checkpoints apart in milliseconds, whatever layout or precision they were kept in. It is no proof against
+    somebody who changes the values between.
+    """
+    digest = hashlib.sha256()
+    for kind, module in sorted(modules.items()):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{kind}.{name} {tuple(tensor.shape)}\n".encode())
+        probes = torch.cat([_probe(tensor) for _, tensor in sorted(module.state_dict().items())])
+        digest.update(probes.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _probe(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(flat.numel() // PROBES, 1)].to(torch.bfloat16)
+
+
+def versions() -> dict[str, str]:
+    """What computed: a picture is repeated to the last bit only with all of these the same."""
+    import ldm
+
+    return {"ldm": ldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def picture_hash(image: Image.Image) -> str:
+    """SHA-256 of a picture's size and RGB pixels, whatever file they are in."""
+    rgb = image.convert("RGB")
+    return hashlib.sha256(f"{rgb.width} {rgb.height} ".encode() + rgb.tobytes()).hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's shape and values as float32."""
+    values = tensor.detach().cpu().float().contiguous()
+    return hashlib.sha256(f"{tuple(values.shape)} ".encode() + values.numpy().tobytes()).hexdigest()
+
+
+def parameters(receipt: Mapping[str, Any]) -> str:
+    """The text that AUTOMATIC1111's web interface writes under the key `parameters`, and that galleries read."""
+    label = all_samplers()[receipt["sampler"]].SPELLINGS[0]
+    fields = {
+        "Steps": receipt["steps"],
+        "Sampler": label,
+        "Schedule type": (receipt["spacing"] or "").capitalize() or None,
+        "CFG scale": f"{receipt['guidance_scale']:g}",
+        "Seed": receipt["seed"],
+        "Size": f"{receipt['width']}x{receipt['height']}",
+        "Model hash": receipt["model"]["fingerprint"],
+        "Model": receipt["model"]["name"].replace(",", " "),
+        "Denoising strength": receipt.get("strength"),
+        "Eta": receipt["eta"] or None,
+        "Version": f"ldm {receipt['versions']['ldm']}",
+    }
+    negative = f"Negative prompt: {receipt['negative_prompt']}\n" if receipt["negative_prompt"] else ""
+    listed = ", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
+    return f"{receipt['prompt']}\n{negative}{listed}"
+
+
+def to_json(receipt: Mapping[str, Any]) -> str:
+    return json.dumps(receipt, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+
+
+def from_json(text: str, where: str) -> dict[str, Any]:
+    """The receipt in `text`. Raises ValueError, naming `where`, if it is none of ours."""
+    try:
+        receipt = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: its receipt is not JSON") from None
+    needed = ("format", "task", "prompt", "seed", "width", "height", "model", "versions")
+    missing = [name for name in needed if not isinstance(receipt, dict) or name not in receipt]
+    if missing:
+        raise ValueError(f"{where}: its receipt has no {missing[0]}; expected one written by ldm")
+    if receipt["format"] != FORMAT:
+        raise ValueError(f"{where}: its receipt has format {receipt['format']!r}; this version reads {FORMAT}")
+    return receipt

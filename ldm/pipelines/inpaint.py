@@ -1,0 +1,136 @@
+"""Inpainting: part of a picture made anew, the rest kept.
+
+A model with 4 input channels knows nothing of masks: after each step the known part is put back, noised to the level of the
+moment (Lugmayr et al. 2022, "RePaint", arXiv:2201.09865, eq. 8, without its resampling). A model with 9 was trained to see
+the mask and the latents of the picture without its hidden part beside x (arXiv:2112.10752, section 4.5).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm import images
+from ldm.checkpoint import Components
+from ldm.diffusion.grid import Grid
+from ldm.diffusion.guidance import levels_of
+from ldm.diffusion.sampling import AfterStep, Info, Model, keep
+from ldm.output.receipt import picture_hash
+from ldm.pipelines.image_to_image import image_size, known_latents, source_hash
+from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare
+from ldm.pipelines.settings import check_posterior, check_strength
+
+
+@torch.no_grad()
+def inpaint(
+    components: Components,
+    prompt: str | list[str],
+    image: Image.Image,
+    mask: Image.Image,
+    *,
+    strength: float = 1.0,
+    posterior: str = "sample",
+    paste: bool = False,
+    width: int | None = None,
+    height: int | None = None,
+    noise: Tensor | None = None,
+    after_step: AfterStep = keep,
+    **settings: Any,
+) -> Result:
+    """Make pictures of a prompt that keep `image` where `mask` is black, and are new where it is white.
+
+    (CompVis's masks are the other way round: there 1 keeps.) strength: 1 begins the new part with noise alone, less with
+    the image noised part of the way; 0 is refused, since nothing would be new. paste: lay the image's own pixels over the
+    result where it is kept; otherwise they have been through the autoencoder. The rest is as in `img2img`.
+    """
+    strength = check_strength(strength)
+    check_posterior(posterior)
+    if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
+        raise ValueError(f"image and mask are {type(image).__name__} and {type(mask).__name__}; expected PIL images")
+    run = prepare(components, prompt, image_size(components, image, width, height), settings)
+    check_noise(run, noise)
+    sees_mask = _sees_mask(components)
+    grid = run.grid if strength == 1 else run.from_image(strength)
+    if grid is None:
+        raise ValueError(f"strength {strength} of {run.settings.steps} steps leaves none to run; raise strength or steps")
+    pixels = images.to_tensor(image, run.size)
+    hidden_pixels = images.mask_to_tensor(mask, run.size)
+    hidden = run.place(F.interpolate(hidden_pixels, run.latent_shape[1:], mode="nearest"))  # (1, 1, h, w)
+    parts = []
+    for batch in run.batches():
+        known = None
+        if not sees_mask or strength < 1:
+            known = known_latents(run, batch, pixels, posterior)
+        start = run.start(batch, noise)
+        x = run.grid.noise_scale * start if strength == 1 else noised(known, start, grid.start_sigma)
+        if sees_mask:
+            visible = known_latents(run, batch, pixels * (1 - hidden_pixels), posterior)
+            beside = torch.cat([hidden.expand(len(x), -1, -1, -1), visible], dim=1)
+            widen = lambda x, beside=beside: torch.cat([x, beside], dim=1)  # noqa: E731
+            parts.append(run.sample(batch, x, grid, after_step, widen=widen))
+            continue
+        if run.habits.hidden_draw and posterior == "sample":
+            batch.draws.posterior(run.latent_shape)
+        blend = _Blend(run, batch, grid, hidden, known, start)
+        x = blend.at_start(x)
+        parts.append(run.sample(batch, x, grid, blend.then(after_step), wrap=blend.before))
+    fields = {"strength": strength, "posterior": posterior, "paste": paste, "image_sha256": source_hash(image)}
+    result = finish(run, parts, "inpaint", grid, noise, **fields, mask_sha256=picture_hash(images.rgb(mask)))
+    return _pasted(result, pixels, hidden_pixels, run) if paste else result
+
+
+class _Blend:
+    """Puts the known part back into x, noised to the level that x has."""
+
+    def __init__(self, run: Run, batch: Batch, grid: Grid, hidden: Tensor, known: Tensor, noise: Tensor):
+        self.run, self.batch, self.grid = run, batch, grid
+        self.hidden, self.known, self.noise = hidden, known, noise
+        self.levels = levels_of(grid)
+
+    def put_back(self, x: Tensor, sigma: float) -> Tensor:
+        fresh = self.run.habits.blend_fresh
+        noise = self.run.place(self.batch.draws.noise(self.run.latent_shape)) if fresh else self.noise
+        return self.hidden * x + (1 - self.hidden) * noised(self.known, noise, sigma)
+
+    def at_start(self, x: Tensor) -> Tensor:
+        return self.put_back(x, self.grid.steps[0].sigma) if self.run.habits.blend_start else x
+
+    def before(self, model: Model) -> Model:
+        """Around the model: also what a sampler only tries on its way holds the known part."""
+        if not self.run.habits.blend_provisional:
+            return model
+        first = self.grid.steps[0].t
+        return lambda x, t: model(x if t == first else self.put_back(x, self.levels[t]), t)
+
+    def then(self, after_step: AfterStep) -> AfterStep:
+        """After each step, then the caller's own hook."""
+
+        def hook(x: Tensor, info: Info) -> Tensor:
+            if info.index < info.count - 1:
+                x = self.put_back(x, self.grid.steps[info.index + 1].sigma)
+            elif self.run.habits.blend_end:
+                x = self.hidden * x + (1 - self.hidden) * self.known
+            return after_step(x, info)
+
+        return hook
+
+
+def _sees_mask(components: Components) -> bool:
+    """Whether the UNet was trained for inpainting. Raises ValueError where it takes neither kind of input."""
+    latents, inputs = components.autoencoder.config.latent_channels, components.unet.config.in_channels
+    if inputs not in (latents, 2 * latents + 1):
+        raise ValueError(f"the UNet takes {inputs} channels; expected {latents}, or {2 * latents + 1} of an inpainting model")
+    return inputs == 2 * latents + 1
+
+
+def _pasted(result: Result, pixels: Tensor, hidden: Tensor, run: Run) -> Result:
+    """The result with the image's own pixels where they are kept."""
+    (original,) = images.to_images(pixels)
+    (cover,) = images.to_images((2 * hidden - 1).expand(-1, 3, -1, -1))
+    pictures = [Image.composite(made, original, cover.convert("L")) for made in result.images]
+    made = [
+        {**receipt, "pixels_sha256": picture_hash(picture)} for receipt, picture in zip(result.receipts, pictures, strict=True)
+    ]
+    return Result(pictures, result.latents, made)

@@ -1,0 +1,244 @@
+"""A run made ready: prompts encoded, grid laid, and for each batch of images its guided model and its random numbers.
+
+`prepare` checks every field before anything is computed. The three pipelines walk over `Run.batches()`, and `finish` turns
+what they reached into pictures with receipts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import images
+from ldm.checkpoint import REQUIRED, Components
+from ldm.diffusion.conventions import from_image, make_grid
+from ldm.diffusion.grid import Grid, noise_std, signal
+from ldm.diffusion.guidance import Widen, guided, levels_of
+from ldm.diffusion.sampling import AfterStep, Model
+from ldm.output import receipt as receipts
+from ldm.pipelines import latents as autoencoding
+from ldm.pipelines.conventions import HABITS, Habits
+from ldm.pipelines.draws import Draws, Shape
+from ldm.pipelines.settings import Settings, check_prompts, check_side, checked
+from ldm.samplers import all_samplers
+
+WrapModel = Callable[[Model], Model]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made, image by image.
+
+    images: PIL pictures, none where `decode` was off. latents: (n, 4, h, w), as the UNet has them, on its device.
+    receipts: for each image everything that made it, to be kept in its file (see `ldm.output`).
+    """
+
+    images: list[Image.Image]
+    latents: Tensor
+    receipts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images that go through the network together: `at` are their places in the run, with a context and a seed each."""
+
+    at: slice
+    uncond: Tensor  # (b, n, d)
+    cond: Tensor  # (b, n, d)
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run but the pictures it may start from. `prompts` has one for each image."""
+
+    components: Components
+    settings: Settings
+    size: tuple[int, int]  # width and height in pixels
+    sampler: ModuleType
+    grid: Grid
+    prompts: list[str]
+    cut_off: list[str]  # what of each prompt did not fit
+    uncond: Tensor  # (1, n, d)
+    conds: Tensor  # (number of prompts, n, d)
+
+    @property
+    def habits(self) -> Habits:
+        return HABITS[self.settings.convention]
+
+    @property
+    def latent_shape(self) -> Shape:
+        """(c, h, w) of one image."""
+        config = self.components.autoencoder.config
+        return (config.latent_channels, self.size[1] // config.downsampling, self.size[0] // config.downsampling)
+
+    def batches(self) -> Iterator[Batch]:
+        """The run in parts. With one generator for all images there is one part only."""
+        count, habits = len(self.prompts), self.habits
+        width = count if habits.one_generator else self.settings.batch_size
+        for start in range(0, count, width):
+            at = slice(start, min(start + width, count))
+            rows = torch.arange(at.start, at.stop) // self.settings.num_images
+            seeds = [self.settings.seed + i for i in range(at.start, at.stop)]
+            draws = Draws(seeds, one_generator=habits.one_generator, one_posterior=habits.one_posterior)
+            yield Batch(at, self.uncond.expand(len(rows), -1, -1), self.conds[rows.to(self.conds.device)], draws)
+
+    def from_image(self, strength: float) -> Grid | None:
+        """The part of the grid that is walked from an image; see `ldm.diffusion.conventions.from_image`."""
+        settings = self.settings
+        return from_image(self.grid, strength, settings.sampler, convention=settings.convention, steps=settings.steps)
+
+    def start(self, batch: Batch, noise: Tensor | None) -> Tensor:
+        """The noise a batch begins with, N(0, 1): drawn, or its part of what the caller gave."""
+        return self.place(batch.draws.noise(self.latent_shape) if noise is None else noise[batch.at])
+
+    def place(self, noise: Tensor) -> Tensor:
+        """On the UNet's device, in the type that latents have between its calls: float32, or float64 with such a UNet."""
+        weight = self.components.unet.conv_in.weight
+        return noise.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+    def sample(
+        self,
+        batch: Batch,
+        x: Tensor,
+        grid: Grid,
+        after_step: AfterStep,
+        *,
+        widen: Widen | None = None,
+        wrap: WrapModel = lambda model: model,
+    ) -> Tensor:
+        """Walk the grid from x (b, c, h, w) with the guided model. widen: see `guided`. wrap: what to put around the model."""
+        settings, draws = self.settings, batch.draws
+        noise = lambda: self.place(draws.noise(self.latent_shape))  # noqa: E731
+        predicts_v = self.components.schedule.prediction == "v_prediction"
+        scale = settings.guidance_scale if self.habits.guide_below_1 else max(settings.guidance_scale, 1.0)
+        model = guided(
+            self.components.unet,
+            batch.uncond,
+            batch.cond,
+            scale,
+            interval=settings.guidance_interval,
+            widen=widen,
+            v_levels=levels_of(grid) if predicts_v else None,
+        )
+        if self.habits.step_draws and not self.sampler.STOCHASTIC and settings.eta == 0:
+            model = _spending(model, noise)
+        options = {"eta": settings.eta} if settings.eta > 0 else {}
+        return self.sampler.sample(wrap(model), x, grid, noise=noise, after_step=after_step, **options)
+
+
+def prepare(
+    components: Components, prompt: str | list[str], size: tuple[int | None, int | None], fields: dict[str, Any]
+) -> Run:
+    """Check every field, encode the prompts and lay the grid. Raises ValueError, one line, before anything is drawn."""
+    settings, prompts = checked(fields), check_prompts(prompt)
+    usual = components.unet.config.sample_size * components.autoencoder.config.downsampling
+    multiple = components.autoencoder.config.downsampling
+    width, height = (usual if side is None else side for side in size)
+    size = (check_side("width", width, multiple), check_side("height", height, multiple))
+    sampler = all_samplers()[settings.sampler]
+    grid = make_grid(
+        components.schedule,
+        settings.steps,
+        settings.sampler,
+        convention=settings.convention,
+        spacing=settings.spacing,
+    )
+    tokens = components.tokenizer([settings.negative_prompt, *prompts])
+    device = components.text_encoder.token_embedding.weight.device
+    contexts = components.text_encoder(tokens.ids.to(device))
+    return Run(
+        components=components,
+        settings=settings,
+        size=size,
+        sampler=sampler,
+        grid=grid,
+        prompts=[text for text in prompts for _ in range(settings.num_images)],
+        cut_off=[text for text in tokens.cut_off[1:] for _ in range(settings.num_images)],
+        uncond=contexts[:1],
+        conds=contexts[1:],
+    )
+
+
+def check_noise(run: Run, noise: Tensor | None) -> None:
+    """Noise that the caller gives is one tensor for all images. Raises ValueError where it is not."""
+    expected = (len(run.prompts), *run.latent_shape)
+    if noise is not None and (not isinstance(noise, Tensor) or tuple(noise.shape) != expected):
+        found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise of shape {found}; expected a tensor of {list(expected)}")
+
+
+def noised(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Latents at level sigma (arXiv:2006.11239, eq. 4)."""
+    return signal(sigma) * latents + noise_std(sigma) * noise
+
+
+def finish(run: Run, parts: list[Tensor], task: str, grid: Grid | None, noise: Tensor | None, **fields: Any) -> Result:
+    """The latents of all batches -> pictures and receipts.
+
+    grid: what was walked, None for nothing. noise: what the caller gave to begin with. fields: the task's own.
+    """
+    latents = torch.cat(parts)
+    pictures = []
+    if run.settings.decode:
+        pixels = autoencoding.decode(run.components.autoencoder, latents, run.settings.tile)
+        pictures = images.to_images(pixels, truncate=run.habits.truncate)
+    if noise is not None:
+        fields["noise_sha256"] = receipts.tensor_hash(noise)
+    common = _receipt(run, task, grid, fields)
+    receipts_made = []
+    for i, prompt in enumerate(run.prompts):
+        own = {"prompt": prompt, "cut_off": run.cut_off[i], "index": i, "latents_sha256": receipts.tensor_hash(latents[i])}
+        own["seed"] = run.settings.seed if run.habits.one_generator else run.settings.seed + i
+        if pictures:
+            own["pixels_sha256"] = receipts.picture_hash(pictures[i])
+        receipts_made.append({**common, **own})
+    return Result(pictures, latents, receipts_made)
+
+
+def _receipt(run: Run, task: str, grid: Grid | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """What the receipts of all images of a run have in common."""
+    settings = dataclasses.asdict(run.settings)
+    del settings["decode"], settings["batch_size"]
+    if run.habits.one_generator:  # an image depends on all that were made with it
+        settings["prompts"] = run.prompts[:: settings["num_images"]]
+    else:
+        del settings["num_images"]
+    weight = run.components.unet.conv_in.weight
+    modules = {kind: getattr(run.components, kind) for kind in REQUIRED}
+    model = {"name": run.components.name, "fingerprint": receipts.fingerprint(modules)}
+    walked = {
+        "calls": run.sampler.calls(grid) if grid else 0,
+        "first_t": grid.steps[0].t if grid else None,
+        "start_sigma": grid.start_sigma if grid else None,
+    }
+    return {
+        "format": receipts.FORMAT,
+        "task": task,
+        "width": run.size[0],
+        "height": run.size[1],
+        **settings,
+        **fields,
+        "grid": walked,
+        "model": model,
+        "tokenizer": run.components.tokenizer.style,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "versions": receipts.versions(),
+    }
+
+
+def _spending(model: Model, noise: Callable[[], Tensor]) -> Model:
+    """The model, with a draw spent at each call, as CompVis's samplers do."""
+
+    def asked(x: Tensor, t: float) -> Tensor:
+        eps = model(x, t)
+        noise()
+        return eps
+
+    return asked
