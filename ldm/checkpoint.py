@@ -41,7 +41,8 @@ RELEASE_EVERY = 64 << 20  # bytes converted between two releases of the mapped f
 class Components:
     """A whole model, ready to run. `safety` is None where the checkpoint has no safety checker.
 
-    `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file, and which of its weights, it came from.
+    `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file,
+    and which of its weights, it came from.
     """
 
     tokenizer: Tokenizer

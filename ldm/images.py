@@ -78,6 +78,17 @@ def to_images(pixels: Tensor, *, truncate: bool = False) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
+def difference(one: Image.Image, other: Image.Image) -> tuple[int, float]:
+    """Of two pictures in RGB: the largest difference of a value, 0 to 255, and the share of values that differ.
+
+    Pictures of different sizes differ in everything.
+    """
+    if one.size != other.size:
+        return 255, 1.0
+    apart = np.abs(np.array(one, dtype=np.int16) - np.array(other, dtype=np.int16))
+    return int(apart.max()), float((apart > 0).mean())
+
+
 def _check(image: Image.Image, name: str) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     *("ldm.assets", "ldm.images", "ldm.diffusion", "ldm.text", "ldm.models", "ldm.presets", "ldm.checkpoint"),
     *("ldm.samplers", "ldm.output", "ldm.adapters", "ldm.fast", "ldm.pipelines", "ldm.training", "ldm.numerics"),
-    *("ldm.evaluation", "ldm.web", "ldm.cli"),
+    *("ldm.evaluation", "ldm.web", "ldm.cli", "ldm.__main__"),
 )
 GROUND = {"ldm.images", "ldm.diffusion", "ldm.text", "ldm.models", "ldm.assets"}
 ONLY = {"ldm.samplers": {"ldm.diffusion"}}  # floors that may import less than everything below

@@ -105,7 +105,8 @@ def make_grid(
 ) -> Grid:
     """The grid of `steps` steps that `convention` walks with `sampler` (its NAME).
 
-    spacing: one of `SPACINGS` instead of the convention's own. Raises ValueError naming what is allowed.
+    spacing: one of `SPACINGS` instead of the convention's own; the same timesteps under every convention (a single step of
+    "linspace" is at the noisiest one). Raises ValueError naming what is allowed.
     """
     chosen = spec(convention, sampler)
     if spacing is not None and spacing not in SPACINGS:

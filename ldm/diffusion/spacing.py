@@ -40,8 +40,9 @@ def linspace_rounded(train_steps: int, steps: int) -> list[float]:
 
 
 def trailing(train_steps: int, steps: int) -> list[float]:
-    """From T - 1 down in strides of T / S, rounded."""
-    return [float(round_half_even(train_steps - i * train_steps / steps) - 1) for i in range(steps)]
+    """From T - 1 down in strides of T / S, rounded; the stride is as inexact as numpy's arange makes it, which settles halves."""
+    stride = (train_steps - train_steps / steps) - train_steps
+    return [float(round(train_steps + i * stride) - 1) for i in range(steps)]
 
 
 def compvis(train_steps: int, steps: int) -> list[float]:

@@ -34,8 +34,8 @@ def save(image: Image.Image, receipt: Mapping[str, Any], folder: str | Path) -> 
                 number += 1
 
 
-def save_as(image: Image.Image, receipt: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the picture under this very name, over what was there."""
+def save_as(image: Image.Image, receipt: Mapping[str, Any] | None, path: str | Path) -> Path:
+    """Write the picture under this very name, over what was there; without a receipt where there is none yet."""
     path = Path(path)
     with _Partial(image, receipt, path.parent) as partial:
         os.replace(partial, path)
@@ -59,9 +59,11 @@ def read_receipt(path: str | Path) -> dict[str, Any]:
 class _Partial:
     """A whole file under a hidden name in the folder where it will stand, gone again on leaving."""
 
-    def __init__(self, image: Image.Image, receipt: Mapping[str, Any], folder: Path):
+    def __init__(self, image: Image.Image, receipt: Mapping[str, Any] | None, folder: Path):
         self.image, self.folder = image, folder
         self.info = PngImagePlugin.PngInfo()
+        if receipt is None:
+            return
         self.info.add_text("parameters", receipts.parameters(receipt).replace("\0", ""))
         self.info.add_text(KEY, receipts.to_json(receipt))
 

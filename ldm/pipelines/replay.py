@@ -23,7 +23,10 @@ COMPARED = ("model", "tokenizer", "dtype", "device", "versions")  # what must be
 
 @dataclass(frozen=True)
 class Replay:
-    """A picture made again. same: whether its pixels are those of the receipt. changes: what was not as it had been, in words."""
+    """A picture made again.
+
+    same: whether its pixels are those of the receipt. changes: what was not as it had been, in words.
+    """
 
     image: Image.Image
     receipt: dict[str, Any]

@@ -1,7 +1,7 @@
 """Every field of a run that is not a picture or the prompt: its default, its range, and what it means.
 
-The fields and defaults are those of the demo form of Stable Diffusion's model card. A `Settings` holds what was asked for, checked:
-whatever is out of range is refused here, with what was received and what is allowed.
+The fields and defaults are those of the demo form of Stable Diffusion's model card. `checked` refuses whatever is out of
+range, with what was received and what is allowed.
 """
 
 import dataclasses

@@ -29,7 +29,8 @@ def main() -> None:
     save_file({name: tensor.contiguous() for name, tensor in golden.items()}, HERE / "golden.safetensors")
     (HERE / "tokens.json").write_text(json.dumps(tokens(), ensure_ascii=True, indent=0) + "\n")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    (HERE / "manifest.json").write_text(json.dumps({"versions": versions, "weights": fingerprints}, indent=2) + "\n")
+    manifest = json.loads((HERE / "manifest.json").read_text()) | {"versions": versions, "weights": fingerprints}
+    (HERE / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 @torch.inference_mode()

@@ -1,0 +1,5 @@
+"""`python -m ldm`: the command line."""
+
+from ldm.cli import main
+
+main()

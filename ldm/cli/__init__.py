@@ -1,0 +1,59 @@
+"""The command line: `ldm COMMAND`, one file a command, each with `add(commands)` and `run(args)`.
+
+What is wrong with what was given is said in one line, with exit status 1 (2 where the command line itself is wrong, 130 after
+Ctrl-C); `--debug` shows where it came from. Nothing heavy is imported until a command runs.
+"""
+
+import argparse
+import signal
+import sys
+
+from ldm.cli import make, replay, schedule
+
+COMMANDS = (make, replay, schedule)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through every `finally`, so that no partial file stays
+    try:
+        args.run(args)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read our output has left
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if args.debug or not _expected(error):
+            raise
+        _say(" ".join(str(error).split()) or type(error).__name__)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = argparse.ArgumentParser(
+        prog="ldm", description="Latent diffusion: pictures from prompts, over any Stable Diffusion v1 checkpoint."
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+    return top
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that tell of the input or of the machine. A RuntimeError tells of memory, or it is a fault of ours."""
+    return not isinstance(error, RuntimeError) or any(word in str(error) for word in ("memory", "allocate", "CUDA"))
+
+
+def _say(text: str) -> None:
+    print(f"ldm: {text}", file=sys.stderr)

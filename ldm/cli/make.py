@@ -1,0 +1,251 @@
+"""`ldm txt2img`, `ldm img2img`, `ldm inpaint`: pictures of a prompt, or of every line of a file, each in a file of its own."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import options
+
+EPILOG = "Prints the path of every picture as it is written. The seed, progress and warnings go to standard error."
+
+
+def add(commands: Any) -> None:
+    for task, help_text in (
+        ("txt2img", "pictures of a prompt"),
+        ("img2img", "pictures of a prompt that keep something of a picture"),
+        ("inpaint", "part of a picture made anew"),
+    ):
+        command = commands.add_parser(task, help=help_text, description=help_text.capitalize() + ".", epilog=EPILOG)
+        _add_prompt(command)
+        if task != "txt2img":
+            _add_image(command, task)
+        _add_form(command)
+        options.add_sampling(command)
+        _add_output(command)
+        options.add_model(command)
+        command.set_defaults(run=run, task=task)
+
+
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("prompt")
+    group.add_argument("words", nargs="?", metavar="PROMPT", help='what to show; "" is allowed')
+    group.add_argument("--prompt", help="the same, as an option")
+    group.add_argument("--from-file", metavar="FILE", help="a prompt a line, '-' for standard input; empty lines are skipped")
+    group.add_argument(
+        "-n", "--negative-prompt", "--negative_prompt", metavar="TEXT", help="what the prompt is contrasted with"
+    )
+
+
+def _add_image(command: argparse.ArgumentParser, task: str) -> None:
+    group = command.add_argument_group("picture")
+    group.add_argument("--image", "--init-img", required=True, metavar="FILE", help="PNG, JPEG or WebP to start from")
+    default = "0.8" if task == "img2img" else "1"
+    group.add_argument("--strength", type=float, help=f"0 (the picture itself) to 1 (all noise); default {default}")
+    group.add_argument("--posterior", help="sample or mode of the encoded picture (default sample)")
+    if task == "inpaint":
+        group.add_argument("--mask", required=True, metavar="FILE", help="white where the picture is made anew")
+        group.add_argument("--invert-mask", action="store_true", help="black is made anew, as in CompVis's scripts")
+        group.add_argument("--paste", action="store_true", help="keep the picture's own pixels where it is kept")
+
+
+def _add_form(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("image")
+    group.add_argument(
+        "-W", "--width", "--W", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's, or image's)"
+    )
+    group.add_argument(
+        "-H", "--height", "--H", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's, or image's)"
+    )
+    group.add_argument("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="G", help="0 and up (default 7.5)")
+    group.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar="T",
+        help="lowest and highest timestep that is guided (default: all)",
+    )
+    group.add_argument("--eta", "--ddim_eta", type=float, help="fresh noise in DDIM, 0 to 1 (default 0)")
+    group.add_argument("--seed", type=int, help="of the first picture, the next have the next (default: drawn and shown)")
+    group.add_argument("--num-images", "--n_samples", type=int, metavar="N", help="of each prompt (default 1)")
+    group.add_argument("--n_iter", type=int, default=1, help=argparse.SUPPRESS)
+    group.add_argument("--batch-size", type=int, metavar="N", help="pictures that are computed together (default 4)")
+    group.add_argument("--tile", type=int, metavar="PIXELS", help="autoencoder in tiles, for large pictures (default: in one)")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("output")
+    group.add_argument(
+        "-o", "--out", "--outdir", default="outputs", metavar="FOLDER", help="where pictures go (default outputs)"
+    )
+    group.add_argument("--preview", metavar="FILE", help="a PNG that shows the first picture on its way")
+    group.add_argument("--preview-every", type=int, default=5, metavar="N", help="steps between two previews (default 5)")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--skip_grid", action="store_true", help=argparse.SUPPRESS)  # there is none to skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the pictures in portions, and write each portion before the next is begun."""
+    prompts = _prompts(args)
+    folder = _writable(Path(args.out))
+    if args.preview is not None:
+        _writable(Path(args.preview).parent)
+    if args.preview_every < 1:
+        raise ValueError(f"preview-every {args.preview_every}; expected 1 or more")
+    settings = _settings(args)
+    sources = _sources(args)
+    from ldm.output import files
+    from ldm.pipelines.conventions import HABITS
+    from ldm.pipelines.settings import checked
+
+    given = checked(settings)  # refuse what is wrong before a model is loaded
+    components = options.load(args)
+    if "seed" not in settings:
+        print(f"seed {given.seed}", file=sys.stderr)
+    settings |= {"seed": given.seed, **_sides(args)}
+    portions = list(_portions(prompts, settings, given.batch_size, whole=HABITS[given.convention].one_generator))
+    total, made = len(prompts) * given.num_images, 0
+    _warn_of_cut_off(components, [*prompts, given.negative_prompt])
+    with _Progress(args, components, len(portions)) as progress:
+        try:
+            for portion, fields in portions:
+                progress.describe(made, total)
+                result = _pipeline(args.task)(components, portion, **sources, **fields, after_step=progress.after_step)
+                for picture, receipt in zip(result.images, result.receipts, strict=True):
+                    path = files.save(picture, receipt, folder)
+                    made += 1
+                    progress.write(path)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {made} of {total} pictures are in {folder}") from None
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    given = [source for source in (args.words, args.prompt, args.from_file) if source is not None]
+    if len(given) != 1:
+        raise ValueError(f"{len(given)} prompts given; expected one of PROMPT, --prompt and --from-file")
+    if args.from_file is None:
+        return given
+    try:
+        text = sys.stdin.read() if args.from_file == "-" else Path(args.from_file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.from_file}: is not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{args.from_file}: cannot be read ({error.strerror})") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.from_file}: holds no prompt; expected one a line")
+    return prompts
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    settings = options.settings(args)
+    if args.n_iter != 1:  # CompVis's count of repetitions
+        if args.n_iter < 1:
+            raise ValueError(f"n_iter {args.n_iter}; expected 1 or more")
+        settings["num_images"] = settings.get("num_images", 1) * args.n_iter
+    return settings
+
+
+def _sides(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in ("width", "height") if getattr(args, name) is not None}
+
+
+def _sources(args: argparse.Namespace) -> dict[str, Any]:
+    """What the task takes beside the prompt."""
+    if args.task == "txt2img":
+        return {}
+    from PIL import ImageOps
+
+    from ldm import images
+    from ldm.pipelines.settings import check_posterior, check_strength
+
+    sources: dict[str, Any] = {"image": images.read(args.image)}
+    if args.strength is not None:
+        sources["strength"] = check_strength(args.strength)
+    if args.posterior is not None:
+        check_posterior(args.posterior)
+        sources["posterior"] = args.posterior
+    if args.task == "inpaint":
+        mask = images.read(args.mask)
+        sources |= {"mask": ImageOps.invert(mask) if args.invert_mask else mask, "paste": args.paste}
+    return sources
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made where it is not there; refused now where nothing can be written into it."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: nothing can be written there ({error.strerror}); name another folder with --out") from None
+    return folder
+
+
+def _portions(
+    prompts: list[str], settings: dict[str, Any], batch_size: int, *, whole: bool
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Prompts and settings of each call of the pipeline; image i of the whole run has seed + i.
+
+    whole: all images of a prompt at once, for conventions that draw them from one generator.
+    """
+    count, seed = settings.get("num_images", 1), settings["seed"]
+    if whole:
+        for i, prompt in enumerate(prompts):
+            yield [prompt], {**settings, "seed": seed + i * count}
+        return
+    each = [prompt for prompt in prompts for _ in range(count)]
+    for start in range(0, len(each), batch_size):
+        yield each[start : start + batch_size], {**settings, "num_images": 1, "seed": seed + start}
+
+
+def _pipeline(task: str) -> Callable[..., Any]:
+    import ldm
+
+    return getattr(ldm, task)
+
+
+def _warn_of_cut_off(components: Any, prompts: list[str]) -> None:
+    for cut_off in dict.fromkeys(components.tokenizer(prompts).cut_off):
+        if cut_off:
+            options.warn(f"the model reads 75 tokens; cut off: {cut_off!r}")
+
+
+class _Progress:
+    """One bar over all steps of all portions, with the time left; and the preview."""
+
+    def __init__(self, args: argparse.Namespace, components: Any, portions: int):
+        from tqdm import tqdm
+
+        self.args, self.components, self.portions = args, components, portions
+        self.bar = tqdm(unit="step", disable=args.quiet, file=sys.stderr)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def describe(self, made: int, total: int) -> None:
+        self.bar.set_description(f"picture {made + 1} of {total}")
+
+    def write(self, path: Path) -> None:
+        self.bar.clear()
+        print(path, flush=True)
+        self.bar.refresh()
+
+    def after_step(self, x: Any, info: Any) -> Any:
+        self.bar.total = info.count * self.portions
+        self.bar.update()
+        if self.args.preview is not None and (info.index + 1) % self.args.preview_every == 0:
+            self._preview(info.x0[:1])
+        return x
+
+    def _preview(self, x0: Any) -> None:
+        from ldm.output import files
+        from ldm.pipelines.latents import pictures
+
+        (picture,) = pictures(self.components, x0, self.args.tile)
+        files.save_as(picture, None, self.args.preview)

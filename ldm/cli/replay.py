@@ -1,0 +1,61 @@
+"""`ldm replay PICTURE`: make a picture again from the receipt it carries, and say whether it is the same."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import options
+
+
+def add(commands: Any) -> None:
+    text = "a picture again, from its receipt"
+    command = commands.add_parser("replay", help=text, description=f"{text.capitalize()}. Exit status 3 where it differs.")
+    command.add_argument("picture", help="a PNG written by ldm")
+    command.add_argument("--image", "--init-img", metavar="FILE", help="what it was made from, where it was")
+    command.add_argument("--mask", metavar="FILE", help="the mask it was made with (as the receipt has it: white is new)")
+    command.add_argument("-o", "--out", metavar="FOLDER", help="also write the new picture there")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    options.add_model(command)
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ldm import images
+    from ldm.output import files
+    from ldm.pipelines.replay import replay
+
+    receipt = files.read_receipt(args.picture)
+    sources = {name: images.read(path) for name in ("image", "mask") if (path := getattr(args, name)) is not None}
+    _as_recorded(args, receipt)
+    components = options.load(args)
+    with tqdm(unit="step", disable=args.quiet, file=sys.stderr) as bar:
+
+        def after_step(x: Any, info: Any) -> Any:
+            bar.total = info.count
+            bar.update()
+            return x
+
+        found = replay(components, receipt, **sources, after_step=after_step)
+    for change in found.changes:
+        options.warn(change)
+    if args.out is not None:
+        print(files.save(found.image, found.receipt, Path(args.out)))
+    farthest, share = images.difference(found.image, images.read(args.picture))
+    if farthest == 0 and found.same:
+        print("the same, pixel for pixel")
+        return
+    print(f"not the same: {share:.2%} of the values differ, by at most {farthest} of 255")
+    sys.exit(3)
+
+
+def _as_recorded(args: argparse.Namespace, receipt: dict[str, Any]) -> None:
+    """Precision, device and tokenizer as they were, where the options do not say otherwise."""
+    if args.dtype is None and args.precision is None:
+        args.dtype = receipt.get("dtype")
+    if args.device is None:
+        args.device = receipt.get("device")
+    if args.tokenizer is None:
+        args.tokenizer = receipt.get("tokenizer")
