@@ -40,7 +40,7 @@ def linspace_rounded(train_steps: int, steps: int) -> list[float]:
 
 
 def trailing(train_steps: int, steps: int) -> list[float]:
-    """From T - 1 down in strides of T / S, rounded; the stride is as inexact as numpy's arange makes it, which settles halves."""
+    """From T - 1 down in strides of T / S, rounded. The stride is as inexact as numpy's arange has it: that settles halves."""
     stride = (train_steps - train_steps / steps) - train_steps
     return [float(round(train_steps + i * stride) - 1) for i in range(steps)]
 
