@@ -1,6 +1,6 @@
 """Parity at full size: Stable Diffusion v1 with seeded random weights, written by diffusers, run by both implementations.
 
-Half an hour, 16 GB of memory, 25 GB of disk: `pytest -m slow -s tests/test_parity_full_size.py`. Prints every error.
+An hour, 16 GB of memory, 25 GB of disk: `pytest -m slow -s tests/test_parity_full_size.py`. Prints every error.
 
 In float64 both must agree to 1e-10. In float32 ours must be no farther from that float64 truth than 1.1 times the peer is.
 Peers get float64 sinusoids for the truth only (see `test_parity.py`). One component in one precision is held at a time.
@@ -15,6 +15,8 @@ import weights_convert
 from ldm.checkpoint import load, load_module
 from ldm.models.clip import pool
 from ldm.models.safety import SafetyConfig
+from ldm.pipelines.latents import decode
+from ldm.pipelines.text_to_image import txt2img
 from ldm.presets import preset
 from tests import seeded
 from tests.measure import relative_error
@@ -155,6 +157,45 @@ def test_autoencoder_moments_and_decode(folder):
         lambda dtype: ours(folder, "autoencoder", dtype),
         cases,
     )
+
+
+# -- From text to pixels
+
+PIXEL_TOLERANCE = 1e-4  # of the picture before it is rounded, both sides in float32
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    from diffusers import StableDiffusionPipeline
+
+    made = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    yield made
+    del made
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def components(folder):
+    return load(folder)
+
+
+@pytest.mark.parametrize("steps", [3, 25])
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler"])
+def test_the_picture_of_a_prompt_is_diffusers(pipeline, components, sampler, steps):
+    """512 x 512, guidance 7.5, a negative prompt; the convention is diffusers', the seed the same."""
+    from tests.test_parity_pipelines import use
+
+    prompt, shared = "a red cube on top of a blue sphere", {"negative_prompt": "blurry, dark", "guidance_scale": 7.5}
+    generator = torch.Generator().manual_seed(1234)
+    use(pipeline, sampler)
+    latents = pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="latent", **shared).images
+    expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    result = txt2img(components, prompt, steps=steps, seed=1234, sampler=sampler, convention="diffusers", **shared)
+    found = decode(components.autoencoder, result.latents)
+    error, apart = relative_error(found, expected), relative_error(result.latents, latents)
+    print(f"\n{sampler}, {steps} steps: latents {apart:.1e}, pixels {error:.1e}", flush=True)
+    assert found.shape == (1, 3, 512, 512) and error < PIXEL_TOLERANCE
 
 
 # -- The same weights through CompVis's single file

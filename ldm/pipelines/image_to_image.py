@@ -14,7 +14,7 @@ from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
 from ldm.output.receipt import picture_hash, tensor_hash
 from ldm.pipelines import latents as autoencoding
-from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare
+from ldm.pipelines.run import Batch, Result, Run, check_noise, check_plain, finish, noised, prepare
 from ldm.pipelines.settings import check_posterior, check_strength
 
 
@@ -42,6 +42,7 @@ def img2img(
     """
     strength = check_strength(strength)
     check_posterior(posterior)
+    check_plain(components)
     run = prepare(components, prompt, image_size(components, image, width, height), settings)
     check_noise(run, noise)
     ignored = strength == 1 and run.habits.ignore_image

@@ -19,7 +19,7 @@ from ldm.diffusion.guidance import levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model, keep
 from ldm.output.receipt import picture_hash
 from ldm.pipelines.image_to_image import image_size, known_latents, source_hash
-from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare
+from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare, sees_mask
 from ldm.pipelines.settings import check_posterior, check_strength
 
 
@@ -49,9 +49,9 @@ def inpaint(
     check_posterior(posterior)
     if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
         raise ValueError(f"image and mask are {type(image).__name__} and {type(mask).__name__}; expected PIL images")
+    wants_mask = sees_mask(components)
     run = prepare(components, prompt, image_size(components, image, width, height), settings)
     check_noise(run, noise)
-    sees_mask = _sees_mask(components)
     grid = run.grid if strength == 1 else run.from_image(strength)
     if grid is None:
         raise ValueError(f"strength {strength} of {run.settings.steps} steps leaves none to run; raise strength or steps")
@@ -61,11 +61,11 @@ def inpaint(
     parts = []
     for batch in run.batches():
         known = None
-        if not sees_mask or strength < 1:
+        if not wants_mask or strength < 1:
             known = known_latents(run, batch, pixels, posterior)
         start = run.start(batch, noise)
         x = run.grid.noise_scale * start if strength == 1 else noised(known, start, grid.start_sigma)
-        if sees_mask:
+        if wants_mask:
             visible = known_latents(run, batch, pixels * (1 - hidden_pixels), posterior)
             beside = torch.cat([hidden.expand(len(x), -1, -1, -1), visible], dim=1)
             widen = lambda x, beside=beside: torch.cat([x, beside], dim=1)  # noqa: E731
@@ -115,14 +115,6 @@ class _Blend:
             return after_step(x, info)
 
         return hook
-
-
-def _sees_mask(components: Components) -> bool:
-    """Whether the UNet was trained for inpainting. Raises ValueError where it takes neither kind of input."""
-    latents, inputs = components.autoencoder.config.latent_channels, components.unet.config.in_channels
-    if inputs not in (latents, 2 * latents + 1):
-        raise ValueError(f"the UNet takes {inputs} channels; expected {latents}, or {2 * latents + 1} of an inpainting model")
-    return inputs == 2 * latents + 1
 
 
 def _pasted(result: Result, pixels: Tensor, hidden: Tensor, run: Run) -> Result:

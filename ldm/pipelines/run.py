@@ -24,7 +24,7 @@ from ldm.output import receipt as receipts
 from ldm.pipelines import latents as autoencoding
 from ldm.pipelines.conventions import HABITS, Habits
 from ldm.pipelines.draws import Draws, Shape
-from ldm.pipelines.settings import Settings, check_prompts, check_side, checked
+from ldm.pipelines.settings import SEEDS_BELOW, Settings, check_prompts, check_side, checked
 from ldm.samplers import all_samplers
 
 WrapModel = Callable[[Model], Model]
@@ -141,7 +141,9 @@ def prepare(
     multiple = components.autoencoder.config.downsampling
     width, height = (usual if side is None else side for side in size)
     size = (check_side("width", width, multiple), check_side("height", height, multiple))
-    sampler = all_samplers()[settings.sampler]
+    count = len(prompts) * settings.num_images
+    if settings.seed + count > SEEDS_BELOW:
+        raise ValueError(f"seed {settings.seed} for {count} images; expected at most {SEEDS_BELOW - count}")
     grid = make_grid(
         components.schedule,
         settings.steps,
@@ -156,13 +158,28 @@ def prepare(
         components=components,
         settings=settings,
         size=size,
-        sampler=sampler,
+        sampler=all_samplers()[settings.sampler],
         grid=grid,
         prompts=[text for text in prompts for _ in range(settings.num_images)],
         cut_off=[text for text in tokens.cut_off[1:] for _ in range(settings.num_images)],
         uncond=contexts[:1],
         conds=contexts[1:],
     )
+
+
+def sees_mask(components: Components) -> bool:
+    """Whether the UNet was trained for inpainting. Raises ValueError where it takes neither kind of input."""
+    latents, inputs = components.autoencoder.config.latent_channels, components.unet.config.in_channels
+    if inputs not in (latents, 2 * latents + 1):
+        raise ValueError(f"the UNet takes {inputs} channels; expected {latents}, or {2 * latents + 1} of an inpainting model")
+    return inputs != latents
+
+
+def check_plain(components: Components) -> None:
+    """Raises ValueError for a model that wants a mask."""
+    if sees_mask(components):
+        inputs = components.unet.config.in_channels
+        raise ValueError(f"the UNet takes {inputs} channels, so the model is for inpainting; use inpaint")
 
 
 def check_noise(run: Run, noise: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
-from ldm.pipelines.run import Result, check_noise, finish, prepare
+from ldm.pipelines.run import Result, check_noise, check_plain, finish, prepare
 
 
 @torch.no_grad()
@@ -33,6 +33,7 @@ def txt2img(
     settings: negative_prompt, steps, guidance_scale, sampler, seed, num_images and so on; see `Settings`.
     Raises ValueError, one line, where a field is out of range.
     """
+    check_plain(components)
     run = prepare(components, prompt, (width, height), settings)
     check_noise(run, noise)
     parts = []
