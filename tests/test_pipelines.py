@@ -562,7 +562,7 @@ def test_samplers_are_known_by_their_spellings(spelling):
         ({"sampler": "eular"}, "sampler 'eular'; expected one of ddim"),
         ({"sampler": None}, "sampler None; expected text"),
         ({"sampler": "Euler Karras", "spacing": "leading"}, "name one spacing, not two"),
-        ({"spacing": "cubic"}, "spacing 'cubic'; expected one of uniform"),
+        ({"spacing": "cubic"}, "spacing 'cubic'; expected one of tapered"),
         ({"convention": "a1111"}, "convention 'a1111'; expected one of ldm"),
         ({"convention": "kdiffusion"}, "convention 'kdiffusion' has no pndm sampler"),
         ({"convention": "compvis", "steps": 3}, "CompVis's grid has no 3 steps"),

@@ -160,8 +160,30 @@ def test_the_error_falls_with_the_samplers_order(name):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_the_error_falls_over_the_whole_range_of_steps(name):
-    errors = [error(name, steps) for steps in (4, 12, 25, 50, 100, 200, 400, 512)]
-    assert errors == sorted(errors, reverse=True)
+    """At least as 1 / steps, to a factor of 1.5: an error may change its sign on the way, and then it is small for once."""
+    errors = {steps: error(name, steps) for steps in (4, 12, 25, 50, 100, 200, 400, 512)}
+    assert errors[25] < errors[12] < 0.6 * errors[4]
+    assert all(errors[steps] < 1.5 * errors[25] * 25 / steps for steps in (50, 100, 200, 400, 512))
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_few_steps_are_no_worse_than_one(name):
+    """However large a step, none overshoots: the error is at most that of the mean of all data."""
+    assert max(error(name, steps) for steps in (1, 2, 3)) <= error("euler", 1) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in DETERMINISTIC if n in CONVENTIONS["diffusers"]])
+@pytest.mark.parametrize("steps", [10, 25])
+def test_our_default_grid_is_nearer_to_the_truth_than_diffusers(name, steps):
+    """The error of a whole run, from the noise that each begins with to the end that each aims at."""
+
+    def distance(convention):
+        grid = make_grid(SCHEDULE, steps, name, convention=convention)
+        oracle, end = Oracle(data=BIMODAL, sigmas=SIGMAS), grid.steps[-1].next_sigma or 1e-4
+        found = SAMPLERS[name].sample(oracle, X * grid.noise_scale, grid, noise=draws())
+        return float((found - BIMODAL.solve(X, SIGMAS[-1], end)).square().mean().sqrt())
+
+    assert distance("ldm") < distance("diffusers")
 
 
 @pytest.mark.parametrize("name", [name for name, m in SAMPLERS.items() if m.STOCHASTIC and name != "lcm"])
@@ -211,6 +233,19 @@ def test_our_grid_is_nearer_to_the_truth_where_a_convention_is_known_to_be_wrong
     assert float((found - truth).square().mean().sqrt()) > 10 * error("ddim", 400)
 
 
+@pytest.mark.parametrize(
+    ("convention", "steps", "strength"),
+    [("diffusers", 50, 0.8), ("diffusers", 20, 0.5), ("compvis", 50, 0.8), ("compvis", 20, 0.3)],
+)
+def test_image_to_image_as_a_convention_has_it_is_farther_from_the_truth(convention, steps, strength):
+    """diffusers' PNDM runs the network a step ahead; CompVis noises the image to the level above the first step's."""
+    whole = make_grid(SCHEDULE, steps, "pndm", convention=convention)
+    theirs = from_image(whole, strength, "pndm", convention=convention)
+    as_theirs = error("pndm", steps, grid=theirs)
+    assert error("pndm", steps, grid=conventions.last_steps(whole, len(theirs))) < 0.6 * as_theirs
+    assert error("pndm", steps, grid=from_image(make_grid(SCHEDULE, steps, "pndm"), strength, "pndm")) < 0.6 * as_theirs
+
+
 def test_image_to_image_starts_at_the_level_to_which_the_image_was_noised():
     for name in DETERMINISTIC:
         grid = from_image(make_grid(SCHEDULE, 50, name), 0.8, name)
@@ -220,13 +255,11 @@ def test_image_to_image_starts_at_the_level_to_which_the_image_was_noised():
         from_image(make_grid(SCHEDULE, 50, "ddim"), 1.5, "ddim")
 
 
-def test_diffusers_pndm_runs_one_step_ahead_in_image_to_image_and_ours_does_not():
+def test_diffusers_pndm_begins_image_to_image_a_step_early_and_then_runs_ahead():
     whole = make_grid(SCHEDULE, 50, "pndm", convention="diffusers")
     theirs = from_image(whole, 0.8, "pndm", convention="diffusers")
-    ours = conventions.last_steps(whole, 40)
-    assert len(theirs) == len(ours) == 40
+    assert len(theirs) == 40
     assert (theirs.start_sigma, theirs.steps[1].t) == (whole.steps[9].sigma, whole.steps[11].t)
-    assert error("pndm", 40, data=GAUSSIAN, grid=ours) < 0.5 * error("pndm", 40, data=GAUSSIAN, grid=theirs)
 
 
 def test_compvis_grid_fails_where_compvis_does_and_says_so():
@@ -257,7 +290,7 @@ def test_bad_arguments_are_named():
         make_grid(SCHEDULE, 5, "ddim", convention="a1111")
     with pytest.raises(ValueError, match="convention 'kdiffusion' has no ddim sampler"):
         make_grid(SCHEDULE, 5, "ddim", convention="kdiffusion")
-    with pytest.raises(ValueError, match="spacing 'cubic'; expected one of uniform, leading, linspace"):
+    with pytest.raises(ValueError, match="spacing 'cubic'; expected one of tapered, uniform, leading, linspace"):
         make_grid(SCHEDULE, 5, "ddim", spacing="cubic")
 
 

@@ -3,7 +3,8 @@
 The reference implementations disagree on timesteps, on the noise a run begins with, and on where it ends. `CONVENTIONS`
 holds what each does, proven against it; "ldm" is our own, right for every number of steps:
 
-    ldm         from the noisiest timestep, in equal strides, down to timestep 0, whose noise stays in
+    ldm         from the noisiest timestep, in equal strides but for a shorter last step, down to timestep 0, whose noise
+                stays in
     diffusers   v1-4's scheduler file, as each of diffusers' schedulers reads it
     kdiffusion  crowsonkb/k-diffusion
     compvis     CompVis/stable-diffusion
@@ -48,7 +49,8 @@ class GridSpec:
 
     spacing: where the timesteps lie.
     end: the last next_sigma: "first" for the noise of timestep 0, "none" for none at all.
-    end_t: whether the network may be asked at the end: None, or the timestep it is told there.
+    end_t: what the network is told where a sampler asks it at the very end; None where it must not, and where the last step
+        is of the first order, as it is too large a part of what noise is left for anything else.
     logarithmic: whether sigma at fractional timesteps is interpolated in its logarithm.
     whole_timesteps: round the timesteps of a spacing in sigma.
     full_range: a spacing in sigma runs over the whole schedule, not just over the grid's own levels.
@@ -56,9 +58,9 @@ class GridSpec:
     from_image: which of the steps image-to-image runs, and from which level.
     """
 
-    spacing: lay.Spacing = lay.uniform
+    spacing: lay.Spacing = lay.tapered
     end: str = "first"
-    end_t: float | None = 0.0
+    end_t: float | None = None
     logarithmic: bool = True
     whole_timesteps: bool = False
     full_range: bool = False
@@ -66,12 +68,12 @@ class GridSpec:
     from_image: Callable[[Grid, int], Grid] = last_steps
 
 
-_K = GridSpec(spacing=lay.linspace_from_top, end="none", end_t=None, unit_noise=False)
+_K = GridSpec(spacing=lay.linspace_from_top, end="none", unit_noise=False)
 _EULER = replace(_K, spacing=lay.linspace, logarithmic=False)
-_LEADING = GridSpec(spacing=lay.leading, end_t=None)
+_LEADING = GridSpec(spacing=lay.leading)
 _SOLVER = replace(_EULER, spacing=lay.linspace_rounded, whole_timesteps=True, full_range=True, unit_noise=True)
 _COMPVIS = GridSpec(spacing=lay.compvis, end_t=1.0, from_image=last_steps_from_one_above)
-_LCM = GridSpec(spacing=lay.lcm, end="none", end_t=None)
+_LCM = GridSpec(spacing=lay.lcm, end="none")
 
 # Convention -> sampler's NAME -> grid. "" is for every sampler not named.
 CONVENTIONS: dict[str, dict[str, GridSpec]] = {
@@ -90,6 +92,7 @@ CONVENTIONS: dict[str, dict[str, GridSpec]] = {
 
 # What a caller may ask for by name instead of the convention's own.
 IN_TIME = {
+    "tapered": lay.tapered,
     "uniform": lay.uniform,
     "leading": lay.leading,
     "linspace": lay.linspace_from_top,

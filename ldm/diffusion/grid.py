@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Step:
     """One step of a sampler: from level sigma, where the network is told t, to level next_sigma.
 
-    `next_t` is what the network would be told there, None where it must not be asked. A grid's steps follow on one another
+    `next_t` is what the network would be told there, None at the end of a run, where it is not asked and samplers fall back to
+    their first order. A grid's steps follow on one another
     (each next_sigma is the following sigma), except where a convention reproduces an implementation that loses step.
     """
 

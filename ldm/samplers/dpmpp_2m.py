@@ -1,7 +1,7 @@
 """DPM-Solver++ (2M): Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling", arXiv:2211.01095, algorithm 2.
 
 The data the network sees, x0, changes slowly in lam, half the log signal-to-noise ratio. With x0 linear in lam through the
-last two evaluations, the rest of the flow is integrated exactly. The first step, and one to no noise at all, take it constant.
+last two evaluations, the rest of the flow is integrated exactly. The first step and the last take it constant.
 """
 
 from math import expm1
@@ -29,7 +29,7 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         x0 = predict_x0(x, eps, step.sigma)
         h = lam(step.next_sigma) - lam(step.sigma)
         target = x0
-        if before is not None and step.next_sigma > 0:
+        if before is not None and step.next_t is not None:
             x0_before, h_before = before
             target = x0 + (x0 - x0_before) * (h / (2 * h_before))  # line 10: x0 half a step ahead
         kept = noise_std(step.next_sigma) / noise_std(step.sigma)

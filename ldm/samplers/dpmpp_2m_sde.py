@@ -28,7 +28,7 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         x0 = predict_x0(x, eps, step.sigma)
         h = lam(step.next_sigma) - lam(step.sigma)
         target = x0
-        if before is not None and step.next_sigma > 0:
+        if before is not None and step.next_t is not None:
             x0_before, h_before = before
             target = x0 + (x0 - x0_before) * (h / (2 * h_before))
         fresh = -expm1(-2 * h)  # the share of the variance that is drawn anew

@@ -48,7 +48,7 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         if taken is not None:
             x = _correct(taken, x0)
         pasts = [Past(lam(step.sigma), x0), *pasts[:1]]
-        used = pasts if step.next_sigma > 0 else pasts[:1]
+        used = pasts if step.next_t is not None else pasts[:1]
         taken = Taken(step, x, used)
         x = _predict(taken)
         x = after_step(x, Info(index=i, count=len(grid), step=step, eps=eps, x0=x0))
