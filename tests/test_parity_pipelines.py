@@ -16,6 +16,7 @@ from ldm.pipelines.latents import decode
 from ldm.presets import preset
 from tests import seeded
 from tests.measure import relative_error
+from tests.test_parity_samplers import V1_4
 
 pytestmark = pytest.mark.reference
 
@@ -36,11 +37,12 @@ SCHEDULERS = {
 
 
 def use(pipeline, sampler, **options):
-    """Give the pipeline a scheduler made from v1-4's own file, which names no spacing and does not clip."""
+    """Give the pipeline a scheduler made from v1-4's own file."""
     import diffusers
 
-    v1_4 = {name: value for name, value in pipeline.scheduler.config.items() if name != "timestep_spacing"}
-    pipeline.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(v1_4, clip_sample=False, **options)
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(
+        {**V1_4, "beta_schedule": "scaled_linear", **options}
+    )
     return pipeline
 
 
@@ -104,6 +106,15 @@ def test_text_to_image_is_diffusers(text_pipeline, components, sampler, steps):
     assert_same(result, text_pipeline, components, expected)
 
 
+@pytest.mark.parametrize("respacing", ["karras", "exponential"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc"])
+def test_levels_laid_in_sigma_are_diffusers(text_pipeline, components, sampler, respacing):
+    pipeline = use(text_pipeline, sampler, **{f"use_{respacing}_sigmas": True})
+    expected = pipeline(PROMPT, num_inference_steps=30, width=64, height=64, generator=generator(), output_type="latent").images
+    fields = {"steps": 30, "width": 64, "height": 64, "seed": SEED, "sampler": sampler, "spacing": respacing}
+    assert_same(ldm.txt2img(components, PROMPT, convention="diffusers", **fields), text_pipeline, components, expected)
+
+
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
 def test_guidance_at_one_and_below_is_off_as_in_diffusers(text_pipeline, components, scale):
     expected = use(text_pipeline, "ddim")(
@@ -161,6 +172,16 @@ def test_image_to_image_is_diffusers(image_pipeline, components, picture, sample
     assert_same(result, image_pipeline, components, expected)
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(2, 0.5), (2, 0.8), (3, 0.7), (3, 0.8), (5, 0.9), (7, 0.3)])
+def test_image_to_image_of_few_steps_is_diffusers(image_pipeline, components, picture, steps, strength):
+    """PNDM's list of timesteps is cut within its repetition where exactly one step is left out."""
+    expected = use(image_pipeline, "pndm")(
+        PROMPT, image=picture, strength=strength, num_inference_steps=steps, generator=generator(), output_type="latent"
+    ).images
+    result = ldm.img2img(components, PROMPT, picture, strength=strength, steps=steps, seed=SEED, convention="diffusers")
+    assert_same(result, image_pipeline, components, expected)
+
+
 # -- Inpainting
 
 
@@ -173,6 +194,11 @@ def blending_pipeline(tiny_diffusers):
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m"])
 def test_inpainting_by_blending_is_diffusers(blending_pipeline, components, picture, mask, sampler, strength):
     assert_inpainting_is_diffusers(use(blending_pipeline, sampler), components, picture, mask, sampler, strength)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(5, 0.9), (3, 0.7), (2, 0.5)])
+def test_inpainting_of_few_steps_is_diffusers(blending_pipeline, components, picture, mask, steps, strength):
+    assert_inpainting_is_diffusers(use(blending_pipeline, "pndm"), components, picture, mask, "pndm", strength, steps)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +218,7 @@ def test_inpainting_with_a_model_that_sees_the_mask_is_diffusers(inpainting_mode
     assert_inpainting_is_diffusers(pipeline, ldm.load(inpainting_model), picture, mask, sampler, strength)
 
 
-def assert_inpainting_is_diffusers(pipeline, components, picture, mask, sampler, strength):
+def assert_inpainting_is_diffusers(pipeline, components, picture, mask, sampler, strength, steps=8):
     expected = pipeline(
         PROMPT,
         image=picture,
@@ -200,13 +226,13 @@ def assert_inpainting_is_diffusers(pipeline, components, picture, mask, sampler,
         width=64,
         height=48,
         strength=strength,
-        num_inference_steps=8,
+        num_inference_steps=steps,
         num_images_per_prompt=2,
         guidance_scale=7.5,
         negative_prompt=NEGATIVE,
         generator=generator(),
         output_type="latent",
     ).images
-    fields = {"steps": 8, "num_images": 2, "negative_prompt": NEGATIVE, "seed": SEED, "sampler": sampler}
+    fields = {"steps": steps, "num_images": 2, "negative_prompt": NEGATIVE, "seed": SEED, "sampler": sampler}
     result = ldm.inpaint(components, PROMPT, picture, mask, strength=strength, convention="diffusers", **fields)
     assert_same(result, pipeline, components, expected)

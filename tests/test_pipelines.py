@@ -245,6 +245,29 @@ def test_the_hook_sees_every_step_and_its_answer_is_gone_on_with(model):
     assert seen == [(i, 3, (32, 24)) for i in range(3)] and not result.latents.any()
 
 
+@pytest.mark.parametrize("answer", [None, torch.zeros(1), 3])
+def test_a_hook_that_does_not_answer_with_x_is_told_so_at_once(model, answer):
+    unet = StandIn(by_context)
+    with pytest.raises(ValueError, match=r"after_step returned .*; expected the x to go on with, \[1, 4, 3, 4\]"):
+        ldm.txt2img(dataclasses.replace(model, unet=unet), PROMPT, after_step=lambda x, info: answer, **SMALL)
+    assert len(unet.asked) == 2  # PNDM's first step
+
+
+def test_what_the_hook_answers_counts_the_same_for_every_sampler(model):
+    """A network that sees no noise only rescales x, so that what was added along the way arrives in proportion."""
+    still = dataclasses.replace(model, unet=StandIn(lambda x, t, context: torch.zeros_like(x)))
+    noise, added = torch.zeros(1, 4, 3, 4), {}
+    for sampler in ("ddim", "euler", "heun", "lms", "pndm", "dpmpp_2m", "unipc"):
+        for k in range(3):
+            hook = lambda x, info, k=k: x + (info.index == k)  # noqa: E731
+            result = ldm.txt2img(still, PROMPT, noise=noise, sampler=sampler, after_step=hook, decode=False, **SMALL)
+            added.setdefault(k, []).append(float(result.latents[0, 0, 0, 0]))
+    for k in (1, 2):
+        *exact, corrected = added[k]
+        assert exact == pytest.approx([exact[0]] * len(exact), rel=1e-5), k
+        assert corrected == pytest.approx(exact[0], rel=0.05), k  # UniPC's corrector sees the change as the network's
+
+
 def test_an_exception_in_the_hook_cancels_the_run(model):
     class Cancelled(Exception):
         pass
@@ -277,8 +300,11 @@ def copy_of(module):
 
 def test_pictures_that_hold_nan_are_refused(model):
     broken = dataclasses.replace(model, unet=StandIn(lambda x, t, context: x * float("nan")))
-    with pytest.raises(ValueError, match=r"holds NaN.*try dtype float32 or bfloat16"):
+    with pytest.raises(ValueError, match="the latents hold NaN; the model's weights may be damaged"):
         ldm.txt2img(broken, PROMPT, **SMALL)
+    narrow = StandIn(broken.unet.function, torch.float16)
+    with pytest.raises(ValueError, match="float16 is too narrow for this model; try bfloat16 or float32"):
+        ldm.txt2img(dataclasses.replace(model, unet=narrow), PROMPT, **SMALL)
 
 
 def test_what_of_the_prompt_did_not_fit_is_in_the_receipt(model):
@@ -427,6 +453,7 @@ def test_inpainting_as_compvis_does_it_is_compvis_own_trajectory(model, monkeypa
     turn = iter([golden["x_T"], *golden["draws"]])
     monkeypatch.setattr(Draws, "noise", lambda self, shape: next(turn).reshape(1, *shape))
     monkeypatch.setattr(inpainting, "known_latents", lambda *_: golden["image"])
+    monkeypatch.setattr(inpainting, "_encoded", lambda *_: ())
     height, width = golden["mask"].shape[-2:]
     keeps = to_images(F.interpolate(2 * golden["mask"] - 1, scale_factor=8).expand(-1, 3, -1, -1))[0]
     trace = []
@@ -518,6 +545,39 @@ def test_a_receipt_of_each_task_makes_the_same_picture(model, picture, mask):
             ldm.replay(model, made.receipts[0], **{**sources, "image": ImageOps.invert(picture)})
 
 
+def test_latents_alone_are_replayed_and_so_are_images_made_from_latents(model):
+    alone = ldm.txt2img(model, PROMPT, decode=False, **SMALL)
+    assert ldm.replay(model, alone.receipts[0]).same
+    latents = seeded.tensor("latents", 2, 4, 3, 4)
+    made = ldm.img2img(model, PROMPT, latents, num_images=2, steps=4, seed=1)
+    for i, receipt in enumerate(made.receipts):
+        again = ldm.replay(model, receipt, image=latents[i : i + 1])
+        assert difference(again.image, made.images[i])[0] <= 1
+    with pytest.raises(ValueError, match="the image given is not the one"):
+        ldm.replay(model, made.receipts[0], image=latents[1:])
+
+
+def test_receipts_of_a_run_share_nothing(model):
+    first, second = ldm.txt2img(model, PROMPT, num_images=2, **SMALL).receipts
+    first["grid"]["calls"] = -1
+    assert second["grid"]["calls"] == 4
+
+
+def test_a_damaged_receipt_is_refused_before_anything_is_computed(model):
+    receipt = ldm.txt2img(model, PROMPT, convention="diffusers", **SMALL).receipts[0]
+    unet = StandIn(by_context)
+    for damage, message in (
+        ({"task": ["txt2img"]}, r"task \['txt2img'\]; expected one of txt2img"),
+        ({"index": None}, "image None of 1"),
+        ({"index": 7}, "image 7 of 1"),
+        ({"prompts": [], "prompt": None}, "expected text"),
+        ({"steps": "many"}, "steps 'many'; expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ldm.replay(dataclasses.replace(model, unet=unet), {**receipt, **damage})
+    assert unet.asked == []
+
+
 def test_a_replay_says_what_was_different(model):
     receipt = ldm.txt2img(model, PROMPT, **SMALL).receipts[0]
     other = ldm.build("tiny", seed=1)
@@ -578,6 +638,10 @@ def test_samplers_are_known_by_their_spellings(spelling):
         ({"decode": 1}, "decode 1; expected True or False"),
         ({"negative_prompt": None}, "negative_prompt None; expected text"),
         ({"stepz": 3}, "unknown setting 'stepz'; did you mean steps?"),
+        ({"guidance_scale": 10**400}, "guidance_scale 1000.*; expected a finite number"),
+        ({"sampler": "ddim", "spacing": "leading", "steps": 1000}, "the leading grid has no 1000 steps of 1000"),
+        ({"sampler": "unipc", "convention": "diffusers", "steps": 1000}, "1000 steps are too many for this grid"),
+        ({"noise": torch.full((1, 4, 64, 64), float("nan"))}, "noise holds infinite values or NaN"),
         ({"noise": torch.zeros(1, 4, 2, 2)}, r"noise of shape \[1, 4, 2, 2\]; expected a tensor of \[1, 4, 64, 64\]"),
     ],
     ids=str,
@@ -606,6 +670,8 @@ def test_a_strength_out_of_range_is_refused(model, picture, mask, strength):
 
 
 def test_inpainting_that_would_change_nothing_is_refused(model, picture, mask):
+    with pytest.raises(ValueError, match="paste lays pixels over pictures, and decode=False makes none"):
+        ldm.inpaint(model, PROMPT, picture, mask, paste=True, decode=False)
     with pytest.raises(ValueError, match=r"strength 0\.01 of 25 steps leaves none to run"):
         ldm.inpaint(model, PROMPT, picture, mask, strength=0.01)
     with pytest.raises(ValueError, match="image and mask are Image and NoneType; expected PIL images"):

@@ -279,6 +279,26 @@ def _fails(steps):
     return False
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_grid_begins_within_the_trained_timesteps_and_falls(convention):
+    for name in SAMPLERS:
+        for steps in (*range(1, 130), 250, 400, 500, 512, 999, 1000):
+            try:
+                grid = make_grid(SCHEDULE, steps, name, convention=convention)
+            except ValueError as error:
+                assert "steps" in str(error) or "has no" in str(error)
+                continue
+            assert all(0 <= step.t <= 999 and step.next_sigma < step.sigma for step in grid), (name, steps)
+
+
+def test_a_hundred_steps_at_strength_29_hundredths_are_29():
+    counts = {
+        c: len(from_image(make_grid(SCHEDULE, 100, "ddim", convention=c), 0.29, "ddim", convention=c))
+        for c in ("ldm", "diffusers")
+    }
+    assert counts == {"ldm": 29, "diffusers": 28}
+
+
 def test_bad_arguments_are_named():
     for arguments, message in (
         ((SCHEDULE, 0, "ddim"), "0 steps; expected 1 to 1000"),

@@ -8,10 +8,15 @@ holds what each does, proven against it; "ldm" is our own, right for every numbe
     diffusers   v1-4's scheduler file, as each of diffusers' schedulers reads it
     kdiffusion  crowsonkb/k-diffusion
     compvis     CompVis/stable-diffusion
+
+Two things of diffusers are not reproduced, as they are mistakes that nobody would ask for: its LMS begun in the middle of a
+grid gives its only evaluation the weight it would have among four; its PNDM combines v-predictions of different levels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ldm.diffusion import spacing as lay
 from ldm.diffusion.grid import Grid, Step, noise_std
@@ -27,11 +32,17 @@ def last_steps(grid: Grid, count: int) -> Grid:
 def last_steps_of_plms_list(grid: Grid, count: int) -> Grid:
     """diffusers' PNDM: it cuts its list of timesteps, in which the second stands twice, and so loses the repetition.
 
-    The first step is one too noisy, and after it the network and the schedule are one step ahead of x for the rest.
+    The first step is one too noisy, and after it the network and the schedule are one step ahead of x for the rest. Where
+    one step is cut, the repetition is still there, but of what had been the second timestep: the network is told that one
+    in the first step, and looks ahead by the second step instead of the first.
     """
     cut = len(grid) - count
     if cut == 0:
         return grid
+    if cut == 1:
+        first, second = grid.steps[:2]
+        told = replace(first, t=second.t, next_t=second.t)
+        return replace(grid, steps=(told, *grid.steps[2:]), start_sigma=second.sigma, trial=second)
     steps = (grid.steps[cut - 1], *grid.steps[cut + 1 :])
     return replace(grid, steps=steps, start_sigma=steps[0].sigma)
 
@@ -50,12 +61,12 @@ class GridSpec:
     spacing: where the timesteps lie.
     end: the last next_sigma: "first" for the noise of timestep 0, "none" for none at all.
     end_t: what the network is told where a sampler asks it at the very end; None where it must not, and where the last step
-        is of the first order, as it is too large a part of what noise is left for anything else.
+        is of the first order: it takes away more noise than an extrapolation can be trusted for.
     logarithmic: whether sigma at fractional timesteps is interpolated in its logarithm.
-    whole_timesteps: round the timesteps of a spacing in sigma.
+    whole_timesteps: timesteps of a spacing in sigma are made whole.
     full_range: a spacing in sigma runs over the whole schedule, not just over the grid's own levels.
     unit_noise: begin with N(0, 1); otherwise with the share of noise that x has at the first level, a little less.
-    from_image: which of the steps image-to-image runs, and from which level.
+    cut: which of the steps image-to-image runs, and from which level.
     """
 
     spacing: lay.Spacing = lay.tapered
@@ -65,21 +76,21 @@ class GridSpec:
     whole_timesteps: bool = False
     full_range: bool = False
     unit_noise: bool = True
-    from_image: Callable[[Grid, int], Grid] = last_steps
+    cut: Callable[[Grid, int], Grid] = last_steps
 
 
 _K = GridSpec(spacing=lay.linspace_from_top, end="none", unit_noise=False)
 _EULER = replace(_K, spacing=lay.linspace, logarithmic=False)
 _LEADING = GridSpec(spacing=lay.leading)
 _SOLVER = replace(_EULER, spacing=lay.linspace_rounded, whole_timesteps=True, full_range=True, unit_noise=True)
-_COMPVIS = GridSpec(spacing=lay.compvis, end_t=1.0, from_image=last_steps_from_one_above)
+_COMPVIS = GridSpec(spacing=lay.compvis, end_t=1.0, cut=last_steps_from_one_above)
 _LCM = GridSpec(spacing=lay.lcm, end="none")
 
 # Convention -> sampler's NAME -> grid. "" is for every sampler not named.
 CONVENTIONS: dict[str, dict[str, GridSpec]] = {
     "ldm": {"": GridSpec(), "lcm": _LCM},
     "diffusers": {
-        "pndm": replace(_LEADING, from_image=last_steps_of_plms_list),
+        "pndm": replace(_LEADING, cut=last_steps_of_plms_list),
         "ddim": _LEADING,
         **dict.fromkeys(("euler", "euler_ancestral", "heun", "lms"), _EULER),
         **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc"), _SOLVER),
@@ -123,13 +134,15 @@ def make_grid(
 def from_image(grid: Grid, strength: float, sampler: str, *, convention: str = "ldm", steps: int | None = None) -> Grid | None:
     """The part of `grid` that image-to-image runs at `strength` in [0, 1]: int(S x strength) steps, None where that is 0.
 
-    Its `start_sigma` is the level to which the image is noised first. steps: the S that was asked for, where the grid has
-    another number of steps (CompVis's).
+    (100 x 0.29 is 29 for us; the references take floating-point numbers at their word, and 28.) Its `start_sigma` is the
+    level to which the image is noised first. steps: the S that was asked for, where the grid has another number of steps
+    (CompVis's).
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength}; expected 0 to 1")
-    count = min(int((steps or len(grid)) * strength), len(grid))
-    return spec(convention, sampler).from_image(grid, count) if count else None
+    product = (len(grid) if steps is None else steps) * strength
+    count = min(int(round(product, 9) if convention == "ldm" else product), len(grid))
+    return spec(convention, sampler).cut(grid, count) if count else None
 
 
 def spec(convention: str, sampler: str) -> GridSpec:
@@ -142,33 +155,40 @@ def spec(convention: str, sampler: str) -> GridSpec:
     return known.get(sampler, known.get(""))
 
 
-def grid_from(table: Sequence[float], steps: int, spec: GridSpec, in_sigma: str | None = None) -> Grid:
+def grid_from(table: Sequence[float], steps: int, asked: GridSpec, in_sigma: str | None = None) -> Grid:
     """The grid on a table of sigma at every trained timestep, its levels laid anew where `in_sigma` names a spacing."""
     if not 1 <= steps <= len(table):
         raise ValueError(f"{steps} steps; expected 1 to {len(table)}")
-    timesteps = spec.spacing(len(table), steps)
-    levels = [lay.sigma_at(t, table, logarithmic=spec.logarithmic) for t in timesteps]
-    end, end_t = (table[0], spec.end_t) if spec.end == "first" else (0.0, None)
+    timesteps = asked.spacing(len(table), steps)
+    levels = [lay.sigma_at(t, table, logarithmic=asked.logarithmic) for t in timesteps]
+    end, end_t = (table[0], asked.end_t) if asked.end == "first" else (0.0, None)
     if in_sigma is not None:
-        levels, timesteps = _laid_in_sigma(table, levels, end, spec, in_sigma)
+        levels, timesteps = _laid_in_sigma(table, levels, end, asked, in_sigma)
     if timesteps[-1] == 0:  # the spacing asks the network at the last level itself; what is left is to remove its noise
         end, end_t = 0.0, None
+    if any(after >= before for before, after in pairwise([*levels, end])):
+        raise ValueError(f"{steps} steps are too many for this grid: two of its timesteps are the same; try fewer")
     ahead = zip([*timesteps[1:], end_t], [*levels[1:], end], strict=True)
     made = tuple(
         Step(t=t, sigma=sigma, next_t=next_t, next_sigma=next_sigma)
         for t, sigma, (next_t, next_sigma) in zip(timesteps, levels, ahead, strict=True)
     )
-    return Grid(steps=made, noise_scale=1.0 if spec.unit_noise else noise_std(levels[0]), start_sigma=levels[0])
+    return Grid(steps=made, noise_scale=1.0 if asked.unit_noise else noise_std(levels[0]), start_sigma=levels[0])
 
 
 def _laid_in_sigma(
-    table: Sequence[float], levels: list[float], end: float, spec: GridSpec, name: str
+    table: Sequence[float], levels: list[float], end: float, asked: GridSpec, name: str
 ) -> tuple[list[float], list[float]]:
     """As many levels, laid by sigma, and their timesteps. Where the grid ends above zero, its end is the last level's."""
-    first, last = (table[-1], table[0]) if spec.full_range else (levels[0], levels[-1])
+    first, last = (table[-1], table[0]) if asked.full_range else (levels[0], levels[-1])
     if end > 0:
         levels = IN_SIGMA[name](first, end, len(levels) + 1)[:-1]
     else:
         levels = IN_SIGMA[name](first, last, len(levels))
     timesteps = [lay.t_at(sigma, table) for sigma in levels]
-    return levels, [float(round(t)) for t in timesteps] if spec.whole_timesteps else timesteps
+    if asked.whole_timesteps:
+        # diffusers rounds the timesteps of Karras's levels and cuts those of exponential ones; the first of these is cut too,
+        # since its sigmas, in float32, put it a hair below the last timestep.
+        top = len(table) - 1.5
+        timesteps = [float(round(t) if name == "karras" else math.floor(min(t, top))) for t in timesteps]
+    return levels, timesteps

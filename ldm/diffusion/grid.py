@@ -26,11 +26,15 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """All steps of a run, and how it begins: with `noise_scale` times N(0, 1), or with an image noised to `start_sigma`."""
+    """All steps of a run, and how it begins: with `noise_scale` times N(0, 1), or with an image noised to `start_sigma`.
+
+    `trial` is the step by which a sampler that takes its first step twice looks ahead, where it is another than the first.
+    """
 
     steps: tuple[Step, ...]
     noise_scale: float = 1.0
     start_sigma: float
+    trial: Step | None = None
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -38,7 +38,7 @@ def guided(
     interval: the timesteps (lowest, highest) at which guidance acts; at the others the prompt stands alone (Kynkäänniemi et
         al. 2024, arXiv:2404.07724, section 3). widen: what an inpainting model wants beside x.
     v_levels: for a network of v-predictions, its sigma at each timestep it may be asked (see `levels_of`).
-    x keeps its own type; the network computes in that of its weights.
+    x keeps its own type; the network computes in that of its weights, which must not change while the model is in use.
     """
     weight = unet.conv_in.weight
     halves = {1.0: [cond], 0.0: [uncond]}
@@ -49,7 +49,9 @@ def guided(
         contexts = halves.get(scale, [uncond, cond])
         keys_values = cache.get(scale)
         if keys_values is None:
-            keys_values = cache[scale] = unet.project_context(torch.cat(contexts).to(weight))
+            keys_values = unet.project_context(torch.cat(contexts).to(weight))
+            if not torch.is_grad_enabled():  # a graph is good for one backward pass only
+                cache[scale] = keys_values
         wide = (widen(x) if widen else x).to(weight)
         out = unet.denoise(torch.cat([wide] * len(contexts)), unet.embed_time(t), keys_values).to(x)
         return out if len(contexts) == 1 else combine(*out.chunk(2), scale)
@@ -69,7 +71,7 @@ def eps_from_v(v: Tensor, x: Tensor, sigma: float) -> Tensor:
 def levels_of(grid: Grid) -> dict[float, float]:
     """sigma at every timestep that a sampler may ask for on this grid.
 
-    Where rounding gave several levels one timestep (diffusers' Karras grids), it is the least noisy of them.
+    Where several levels have one timestep (diffusers' rounded Karras grids, and its image-to-image), it is the last of them.
     """
     ahead = {step.next_t: step.next_sigma for step in grid if step.next_t is not None}
-    return ahead | {step.t: step.sigma for step in grid}
+    return {step.t: step.sigma for step in grid} | ahead

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -24,6 +26,10 @@ class ScheduleConfig:
     beta_end: float = 0.012
     train_steps: int = 1000
     prediction: str = "epsilon"
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {self.prediction!r}; expected {' or '.join(PREDICTIONS)}")
 
 
 def betas(config: ScheduleConfig) -> Tensor:

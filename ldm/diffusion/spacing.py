@@ -30,13 +30,14 @@ def uniform(train_steps: int, steps: int) -> list[float]:
 def leading(train_steps: int, steps: int) -> list[float]:
     """Multiples of T // S, plus one: what v1-4's own scheduler file asks for. Misses much of the noise where S > T / 2."""
     stride = train_steps // steps
+    if (steps - 1) * stride + 1 >= train_steps:
+        raise ValueError(f"the leading grid has no {steps} steps of {train_steps}: it would ask for timestep {train_steps}")
     return [float(i * stride + 1) for i in reversed(range(steps))]
 
 
 def linspace(train_steps: int, steps: int) -> list[float]:
     """From the noisiest timestep to timestep 0, both called; a single step is at timestep 0."""
-    stride = (train_steps - 1) / max(steps - 1, 1)
-    return [i * stride for i in reversed(range(steps))]
+    return [i * (train_steps - 1) / max(steps - 1, 1) for i in reversed(range(steps))]
 
 
 def linspace_from_top(train_steps: int, steps: int) -> list[float]:

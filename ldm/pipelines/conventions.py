@@ -7,7 +7,8 @@ from ldm.diffusion.conventions import CONVENTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
-    """Ours by default.
+    """Ours by default. Draws are in float32 always, where diffusers draws in the model's own type (the same but for rounding,
+    except in float64); and strength 0 is the clean image always, where CompVis adds the noise of its first level.
 
     one_generator: one generator draws for all images at once, instead of one for each image with a seed of its own.
     one_posterior: the autoencoder's draw for the image to start from is made once for all images.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm import images
 from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
+from ldm.models.autoencoder import Posterior
 from ldm.output.receipt import picture_hash, tensor_hash
 from ldm.pipelines import latents as autoencoding
 from ldm.pipelines.run import Batch, Result, Run, check_noise, check_plain, finish, noised, prepare
@@ -45,21 +46,27 @@ def img2img(
     check_plain(components)
     run = prepare(components, prompt, image_size(components, image, width, height), settings)
     check_noise(run, noise)
+    if isinstance(image, Tensor) and (len(image) not in (1, len(run.prompts)) or not image.isfinite().all()):
+        raise ValueError(f"latents of {len(image)} images for {len(run.prompts)}; expected 1 or {len(run.prompts)}, all finite")
     ignored = strength == 1 and run.habits.ignore_image
     grid = run.grid if ignored else run.from_image(strength)
-    pixels = None if ignored or isinstance(image, Tensor) else images.to_tensor(image, run.size)
+    source = image
+    if not ignored and not isinstance(image, Tensor):
+        source = autoencoding.encode(components.autoencoder, run.place(images.to_tensor(image, run.size)), run.settings.tile)
     parts = []
     for batch in run.batches():
         if ignored:
             x = run.grid.noise_scale * run.start(batch, noise)
         else:
-            x = known_latents(run, batch, image if pixels is None else pixels, posterior)
+            x = known_latents(run, batch, source, posterior)
             if grid is not None:
                 x = noised(x, run.start(batch, noise), grid.start_sigma)
         parts.append(x if grid is None else run.sample(batch, x, grid, after_step))
     begun = "noise alone" if ignored else "the image" if grid is None else "the image, noised"
-    fields = {"strength": strength, "posterior": posterior, "begun_with": begun, "image_sha256": source_hash(image)}
-    return finish(run, parts, "img2img", grid, noise, **fields)
+    result = finish(run, parts, "img2img", grid, noise, strength=strength, posterior=posterior, begun_with=begun)
+    for i, receipt in enumerate(result.receipts):
+        receipt["image_sha256"] = source_hash(image, i)
+    return result
 
 
 def image_size(
@@ -72,7 +79,7 @@ def image_size(
         if image.ndim != 4 or image.shape[1] != channels:
             raise ValueError(f"image is a tensor of shape {list(image.shape)}; expected latents (n, {channels}, h, w)")
         own = (image.shape[3] * factor, image.shape[2] * factor)
-        if (width or own[0], height or own[1]) != own:
+        if width not in (None, own[0]) or height not in (None, own[1]):
             raise ValueError(f"size {width} x {height} for latents of {own[0]} x {own[1]}; leave out width and height")
     elif isinstance(image, Image.Image):
         upright = images.rgb(image)
@@ -82,18 +89,20 @@ def image_size(
     return (own[0] if width is None else width, own[1] if height is None else height)
 
 
-def known_latents(run: Run, batch: Batch, image: Tensor, posterior: str) -> Tensor:
-    """The latents of an image for each image of the batch, (b, 4, h, w): encoded pixels (1, 3, H, W), or as they are."""
-    if image.shape[1] == run.latent_shape[0]:
-        if image.shape[0] not in (1, len(run.prompts)):
-            raise ValueError(f"latents of {image.shape[0]} images for {len(run.prompts)}; expected 1 or {len(run.prompts)}")
-        own = image if image.shape[0] == 1 else image[batch.at]
-        return run.place(own).expand(batch.draws.count, -1, -1, -1)
-    noise = run.place(batch.draws.posterior(run.latent_shape)) if posterior == "sample" else None
-    encoded = autoencoding.encode(run.components.autoencoder, run.place(image), noise, run.settings.tile)
-    return run.place(encoded).expand(batch.draws.count, -1, -1, -1)
+def known_latents(run: Run, batch: Batch, source: Posterior | Tensor, posterior: str) -> Tensor:
+    """The latents to start from, for each image of the batch (b, 4, h, w): drawn from what the autoencoder made of a picture,
+    or given as they are, for all images or for each."""
+    if isinstance(source, Tensor):
+        own = run.place(source if len(source) == 1 else source[batch.at])
+    else:
+        noise = run.place(batch.draws.posterior(run.latent_shape)) if posterior == "sample" else None
+        drawn = source.mode() if noise is None else source.sample(noise)
+        own = run.place(drawn) * run.components.autoencoder.config.scaling_factor
+    return own.expand(batch.draws.count, -1, -1, -1)
 
 
-def source_hash(image: Image.Image | Tensor) -> str:
-    """What a receipt says of the picture it started from."""
-    return tensor_hash(image) if isinstance(image, Tensor) else picture_hash(images.rgb(image))
+def source_hash(image: Image.Image | Tensor, i: int = 0) -> str:
+    """What a receipt says of the picture, or of the latents, that image i started from."""
+    if isinstance(image, Tensor):
+        return tensor_hash(image[min(i, len(image) - 1)])
+    return picture_hash(images.rgb(image))

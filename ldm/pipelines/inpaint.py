@@ -17,7 +17,9 @@ from ldm.checkpoint import Components
 from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model, keep
+from ldm.models.autoencoder import Posterior
 from ldm.output.receipt import picture_hash
+from ldm.pipelines import latents as autoencoding
 from ldm.pipelines.image_to_image import image_size, known_latents, source_hash
 from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare, sees_mask
 from ldm.pipelines.settings import check_posterior, check_strength
@@ -47,6 +49,8 @@ def inpaint(
     """
     strength = check_strength(strength)
     check_posterior(posterior)
+    if paste and settings.get("decode") is False:
+        raise ValueError("paste lays pixels over pictures, and decode=False makes none; leave out one of them")
     if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
         raise ValueError(f"image and mask are {type(image).__name__} and {type(mask).__name__}; expected PIL images")
     wants_mask = sees_mask(components)
@@ -58,15 +62,18 @@ def inpaint(
     pixels = images.to_tensor(image, run.size)
     hidden_pixels = images.mask_to_tensor(mask, run.size)
     hidden = run.place(F.interpolate(hidden_pixels, run.latent_shape[1:], mode="nearest"))  # (1, 1, h, w)
+    known_posterior = visible_posterior = None
+    if not wants_mask or strength < 1:
+        known_posterior = _encoded(run, pixels)
+    if wants_mask:
+        visible_posterior = _encoded(run, pixels * (1 - hidden_pixels))
     parts = []
     for batch in run.batches():
-        known = None
-        if not wants_mask or strength < 1:
-            known = known_latents(run, batch, pixels, posterior)
+        known = None if known_posterior is None else known_latents(run, batch, known_posterior, posterior)
         start = run.start(batch, noise)
         x = run.grid.noise_scale * start if strength == 1 else noised(known, start, grid.start_sigma)
         if wants_mask:
-            visible = known_latents(run, batch, pixels * (1 - hidden_pixels), posterior)
+            visible = known_latents(run, batch, visible_posterior, posterior)
             beside = torch.cat([hidden.expand(len(x), -1, -1, -1), visible], dim=1)
             widen = lambda x, beside=beside: torch.cat([x, beside], dim=1)  # noqa: E731
             parts.append(run.sample(batch, x, grid, after_step, widen=widen))
@@ -76,9 +83,15 @@ def inpaint(
         blend = _Blend(run, batch, grid, hidden, known, start)
         x = blend.at_start(x)
         parts.append(run.sample(batch, x, grid, blend.then(after_step), wrap=blend.before))
-    fields = {"strength": strength, "posterior": posterior, "paste": paste, "image_sha256": source_hash(image)}
+    begun = "noise alone" if strength == 1 else "the image, noised"
+    fields = {"strength": strength, "posterior": posterior, "begun_with": begun, "paste": paste}
+    fields |= {"image_sha256": source_hash(image)}
     result = finish(run, parts, "inpaint", grid, noise, **fields, mask_sha256=picture_hash(images.rgb(mask)))
     return _pasted(result, pixels, hidden_pixels, run) if paste else result
+
+
+def _encoded(run: Run, pixels: Tensor) -> Posterior:
+    return autoencoding.encode(run.components.autoencoder, run.place(pixels), run.settings.tile)
 
 
 class _Blend:
@@ -98,11 +111,16 @@ class _Blend:
         return self.put_back(x, self.grid.steps[0].sigma) if self.run.habits.blend_start else x
 
     def before(self, model: Model) -> Model:
-        """Around the model: also what a sampler only tries on its way holds the known part."""
+        """Around the model: also what a sampler only tries on its way, between two steps, holds the known part."""
         if not self.run.habits.blend_provisional:
             return model
-        first = self.grid.steps[0].t
-        return lambda x, t: model(x if t == first else self.put_back(x, self.levels[t]), t)
+        calls = []
+
+        def ask(x: Tensor, t: float) -> Tensor:
+            calls.append(t)
+            return model(x if len(calls) == 1 else self.put_back(x, self.levels[t]), t)
+
+        return ask
 
     def then(self, after_step: AfterStep) -> AfterStep:
         """After each step, then the caller's own hook."""

@@ -12,25 +12,30 @@ from ldm import images
 from ldm.checkpoint import Components
 from ldm.models.autoencoder import Autoencoder, Posterior
 
-OVERLAP = 4  # a tile shares at least a fourth of its side with the next
+OVERLAP = 4  # a tile shares about a fourth of its side, or more, with the next
 
 
-def encode(autoencoder: Autoencoder, pixels: Tensor, noise: Tensor | None, tile: int | None = None) -> Tensor:
-    """Pixels (b, 3, H, W) in [-1, 1] -> the UNet's latents (b, 4, h, w), float32 at least.
+def encode(autoencoder: Autoencoder, pixels: Tensor, tile: int | None = None) -> Posterior:
+    """Pixels (b, 3, H, W) in [-1, 1] -> the posterior over the *autoencoder's* latents (b, 4, h, w), float32 at least.
 
-    noise: (b, 4, h, w) to draw from the posterior with; None takes its mode. tile: side of a tile, in pixels.
+    tile: side of a tile, in pixels. Raises ValueError where the result holds NaN.
     """
-    weight = autoencoder.quant_conv.weight
+    weight, factor = autoencoder.quant_conv.weight, autoencoder.config.downsampling
 
     def moments(part: Tensor) -> Tensor:
         posterior = autoencoder.encode(part)
         return _wide(torch.cat([posterior.mean, posterior.log_variance], dim=1))
 
-    factor = autoencoder.config.downsampling
-    rows = [_tiled(moments, row[None].to(weight), tile, 1 / factor, factor) for row in pixels]
-    posterior = Posterior(*torch.cat(rows).chunk(2, dim=1))
-    latents = posterior.mode() if noise is None else posterior.sample(noise.to(posterior.mean))
-    return latents * autoencoder.config.scaling_factor
+    rows = torch.cat([_tiled(moments, row[None].to(weight), tile, 1 / factor, factor) for row in pixels])
+    if rows.isnan().any():
+        raise ValueError(f"the encoded image holds NaN; {hint(weight.dtype)}")
+    return Posterior(*rows.chunk(2, dim=1))
+
+
+def hint(dtype: torch.dtype) -> str:
+    """What to do about NaN."""
+    narrow = dtype == torch.float16
+    return "float16 is too narrow for this model; try bfloat16 or float32" if narrow else "the model's weights may be damaged"
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor, tile: int | None = None) -> Tensor:
@@ -74,7 +79,8 @@ def _tiled(function, x: Tensor, side: int | None, scale: float, unit: int) -> Te
 
 
 def _starts(length: int, side: int, unit: int) -> list[int]:
-    """Where tiles begin: evenly from one end to the other, each sharing at least side / OVERLAP with the next."""
+    """Where tiles begin, in multiples of unit: evenly from one end to the other, each sharing about side / OVERLAP or more
+    with the next."""
     if length <= side:
         return [0]
     stride = side - side // OVERLAP

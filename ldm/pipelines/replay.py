@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from ldm import images
 from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
-from ldm.output.receipt import picture_hash
-from ldm.pipelines.image_to_image import img2img
+from ldm.pipelines.image_to_image import img2img, source_hash
 from ldm.pipelines.inpaint import inpaint
-from ldm.pipelines.settings import Settings
+from ldm.pipelines.settings import Settings, check_prompts
 from ldm.pipelines.text_to_image import txt2img
 
 TASKS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint}
@@ -38,17 +37,18 @@ def replay(
     components: Components,
     receipt: Mapping[str, Any],
     *,
-    image: Image.Image | None = None,
+    image: Image.Image | Tensor | None = None,
     mask: Image.Image | None = None,
     after_step: AfterStep = keep,
 ) -> Replay:
     """Make the picture of `receipt` (see `Result.receipts` and `ldm.output.files.read_receipt`) again.
 
-    image, mask: what it was made from, where it was; they must be the same. Raises ValueError where they are not, or where
-    the receipt tells of something that no receipt can hold, such as noise given as a tensor.
+    image, mask: what it was made from, where it was; they must be the same (of latents, that image's own row). Raises
+    ValueError where they are not, or where the receipt tells of something that no receipt can hold, such as noise given as
+    a tensor.
     """
-    task = receipt["task"]
-    if task not in TASKS:
+    task = receipt.get("task")
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"the receipt is of task {task!r}; expected one of {', '.join(TASKS)}")
     if "noise_sha256" in receipt:
         raise ValueError(
@@ -60,19 +60,21 @@ def replay(
             sources[name] = _same_source(name, picture, receipt[f"{name}_sha256"])
     known = [field.name for field in dataclasses.fields(Settings)]
     fields = {name: receipt[name] for name in (*known, "width", "height", *OWN_FIELDS[task]) if name in receipt}
-    prompts = receipt.get("prompts", receipt["prompt"])
-    result = TASKS[task](components, prompts, **sources, **fields, after_step=after_step)
-    at = receipt["index"] if "prompts" in receipt else 0
-    if not isinstance(at, int) or not 0 <= at < len(result.images):
-        raise ValueError(f"the receipt is of image {at!r} of {len(result.images)}")
+    together = check_prompts(receipt.get("prompts", receipt.get("prompt")))
+    count = len(together) * receipt.get("num_images", 1)
+    at = receipt.get("index") if "prompts" in receipt else 0
+    if type(at) is not int or not 0 <= at < count:
+        raise ValueError(f"the receipt is of image {at!r} of {count}")
+    result = TASKS[task](components, together, **sources, **fields, after_step=after_step)
     made = result.receipts[at]
+    proof = "pixels_sha256" if "pixels_sha256" in receipt else "latents_sha256"  # latents alone, where none was decoded
     changes = [f"{name}: {receipt.get(name)} then, {made[name]} now" for name in COMPARED if receipt.get(name) != made[name]]
-    return Replay(result.images[at], made, made["pixels_sha256"] == receipt.get("pixels_sha256"), changes)
+    return Replay(result.images[at], made, made[proof] == receipt.get(proof), changes)
 
 
-def _same_source(name: str, picture: Image.Image | None, wanted: str) -> Image.Image:
-    if picture is None:
+def _same_source(name: str, source: Image.Image | Tensor | None, wanted: str) -> Image.Image | Tensor:
+    if source is None:
         raise ValueError(f"the picture was made from another; give it as {name}")
-    if picture_hash(images.rgb(picture)) != wanted:
-        raise ValueError(f"the {name} given is not the one that the picture was made from; its pixels differ")
-    return picture
+    if source_hash(source) != wanted:
+        raise ValueError(f"the {name} given is not the one that the picture was made from; its values differ")
+    return source

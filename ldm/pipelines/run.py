@@ -4,6 +4,7 @@
 what they reached into pictures with receipts.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ldm.checkpoint import REQUIRED, Components
 from ldm.diffusion.conventions import from_image, make_grid
 from ldm.diffusion.grid import Grid, noise_std, signal
 from ldm.diffusion.guidance import Widen, guided, levels_of
-from ldm.diffusion.sampling import AfterStep, Model
+from ldm.diffusion.sampling import AfterStep, Info, Model
 from ldm.output import receipt as receipts
 from ldm.pipelines import latents as autoencoding
 from ldm.pipelines.conventions import HABITS, Habits
@@ -129,7 +130,7 @@ class Run:
         if self.habits.step_draws and not self.sampler.STOCHASTIC and settings.eta == 0:
             model = _spending(model, noise)
         options = {"eta": settings.eta} if settings.eta > 0 else {}
-        return self.sampler.sample(wrap(model), x, grid, noise=noise, after_step=after_step, **options)
+        return self.sampler.sample(wrap(model), x, grid, noise=noise, after_step=_answering(after_step), **options)
 
 
 def prepare(
@@ -185,9 +186,13 @@ def check_plain(components: Components) -> None:
 def check_noise(run: Run, noise: Tensor | None) -> None:
     """Noise that the caller gives is one tensor for all images. Raises ValueError where it is not."""
     expected = (len(run.prompts), *run.latent_shape)
-    if noise is not None and (not isinstance(noise, Tensor) or tuple(noise.shape) != expected):
+    if noise is None:
+        return
+    if not isinstance(noise, Tensor) or tuple(noise.shape) != expected:
         found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
         raise ValueError(f"noise of shape {found}; expected a tensor of {list(expected)}")
+    if not noise.isfinite().all():
+        raise ValueError("noise holds infinite values or NaN; expected N(0, 1)")
 
 
 def noised(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -201,9 +206,13 @@ def finish(run: Run, parts: list[Tensor], task: str, grid: Grid | None, noise: T
     grid: what was walked, None for nothing. noise: what the caller gave to begin with. fields: the task's own.
     """
     latents = torch.cat(parts)
+    if latents.isnan().any():
+        raise ValueError(f"the latents hold NaN; {autoencoding.hint(run.components.unet.conv_in.weight.dtype)}")
     pictures = []
     if run.settings.decode:
         pixels = autoencoding.decode(run.components.autoencoder, latents, run.settings.tile)
+        if pixels.isnan().any():
+            raise ValueError(f"the decoded picture holds NaN; {autoencoding.hint(run.components.unet.conv_in.weight.dtype)}")
         pictures = images.to_images(pixels, truncate=run.habits.truncate)
     if noise is not None:
         fields["noise_sha256"] = receipts.tensor_hash(noise)
@@ -214,7 +223,7 @@ def finish(run: Run, parts: list[Tensor], task: str, grid: Grid | None, noise: T
         own["seed"] = run.settings.seed if run.habits.one_generator else run.settings.seed + i
         if pictures:
             own["pixels_sha256"] = receipts.picture_hash(pictures[i])
-        receipts_made.append({**common, **own})
+        receipts_made.append(copy.deepcopy({**common, **own}))
     return Result(pictures, latents, receipts_made)
 
 
@@ -248,6 +257,19 @@ def _receipt(run: Run, task: str, grid: Grid | None, fields: dict[str, Any]) -> 
         "device": weight.device.type,
         "versions": receipts.versions(),
     }
+
+
+def _answering(after_step: AfterStep) -> AfterStep:
+    """The hook, held to its contract: it must answer with the x to go on with."""
+
+    def hook(x: Tensor, info: Info) -> Tensor:
+        answer = after_step(x, info)
+        if not isinstance(answer, Tensor) or answer.shape != x.shape:
+            found = f"a tensor of {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise ValueError(f"after_step returned {found}; expected the x to go on with, {list(x.shape)}")
+        return answer
+
+    return hook
 
 
 def _spending(model: Model, noise: Callable[[], Tensor]) -> Model:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import secrets
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ class Settings:
     eta: share of fresh noise in DDIM, 0 to 1.
     convention: "ldm", or "diffusers", "kdiffusion", "compvis" to do as they do.
     seed: of the first image, 0 and up; image i has seed + i. Drawn where it is None.
-    num_images: how many, 1 and up. batch_size: how many go through the network together.
+    num_images: how many of each prompt, 1 and up. batch_size: how many go through the network together; all of them in the
+        conventions whose images have one generator in common.
     tile: side in pixels of the tiles in which the autoencoder takes large pictures, None for all at once.
     decode: False leaves out the pictures and returns latents alone.
     """
@@ -151,7 +153,7 @@ def _check_whole(name: str, value: Any, lowest: int, highest: int | None = None)
 
 def _check_number(name: str, value: Any, lowest: float, highest: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not lowest <= value <= highest:
+    if not is_number or not lowest <= value <= highest or value > sys.float_info.max:
         allowed = f"{lowest} to {highest}" if math.isfinite(highest) else f"a finite number, {lowest} or more"
         raise ValueError(f"{name} {_shown(value)}; expected {allowed}")
 

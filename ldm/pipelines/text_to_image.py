@@ -29,7 +29,7 @@ def txt2img(
     width, height: in pixels, multiples of 8; the size the model was trained at where left out.
     noise: N(0, 1) to begin with instead of drawing it, (n, 4, height / 8, width / 8).
     after_step: the hook (x, info) -> x after each step of a batch, for previews, progress or a change of course; to
-        cancel, raise any exception in it.
+        cancel, raise any exception in it. What it changes, no receipt knows of.
     settings: negative_prompt, steps, guidance_scale, sampler, seed, num_images and so on; see `Settings`.
     Raises ValueError, one line, where a field is out of range.
     """

@@ -32,7 +32,8 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         history = [eps, *history[:3]]
         slope = sum(weight * past for weight, past in zip(WEIGHTS[len(history) - 1], history, strict=True))
         if i == 0 and step.next_t is not None:
-            ahead = model(move(x, eps, step.sigma, step.next_sigma), step.next_t)
+            trial = grid.trial or step
+            ahead = model(move(x, eps, trial.sigma, trial.next_sigma), step.next_t)
             slope = (eps + ahead) / 2
         x = move(x, slope, step.sigma, step.next_sigma)
         x = after_step(x, Info(index=i, count=len(grid), step=step, eps=eps, x0=x0))

@@ -1,8 +1,8 @@
 """UniPC: Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling", arXiv:2302.04867.
 
 Order 2, B2(h), predicting x0. What the network sees at a new level first corrects the step that led there, then predicts the
-next one: one call a step all the same. Letters as in the paper: h the stride in lam, r the place of the older evaluation in
-strides, B = e^-h - 1.
+next one: one call a step all the same. (What a hook has changed in x, the corrector takes in part for the network's view.)
+Letters as in the paper: h the stride in lam, r the place of the older evaluation in strides, B = e^-h - 1.
 """
 
 from math import expm1
@@ -46,7 +46,7 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         eps = model(x, step.t)
         x0 = predict_x0(x, eps, step.sigma)
         if taken is not None:
-            x = _correct(taken, x0)
+            x = x + (_correct(taken, x0) - _predict(taken))  # as a difference: the hook may have changed x
         pasts = [Past(lam(step.sigma), x0), *pasts[:1]]
         used = pasts if step.next_t is not None else pasts[:1]
         taken = Taken(step, x, used)
