@@ -2,6 +2,7 @@
 
 Reading is strict: PNG, JPEG or WebP, one frame. What can be converted without doubt is: pictures are turned upright as their
 EXIF says, transparency is laid on white, CMYK and palettes become RGB, 16 bits become 8. What cannot is refused, by name.
+Of the JPEGs in which telephones keep more than the photograph, it is the photograph.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ def read(path: str | Path) -> Image.Image:
 def rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """A picture as 8-bit RGB, upright, transparency laid on white. Raises ValueError where that would be a guess."""
     _check(image, name)
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):
         image = _eight_bits(image, name)
     if image.mode == "F":
@@ -91,17 +92,30 @@ def difference(one: Image.Image, other: Image.Image) -> tuple[int, float]:
 
 def _check(image: Image.Image, name: str) -> None:
     frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":
         raise ValueError(f"{name}: has {frames} frames; expected a single picture; save one frame on its own")
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{name}: has {image.width} x {image.height} pixels; expected at most {MOST_PIXELS:,} in all")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing; its readers raise SyntaxError, struct.error and more
+        return image
+
+
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """The picture in L, or in LA where one of its values stands for transparency."""
     values = np.array(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{name}: has 32-bit values; expected 8 or 16 bits a channel")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _unreadable(path: str | Path, error: Exception) -> ValueError:

@@ -1,12 +1,15 @@
 """The command line: `ldm COMMAND`, one file a command, each with `add(commands)` and `run(args)`.
 
 What is wrong with what was given is said in one line, with exit status 1 (2 where the command line itself is wrong, 130 after
-Ctrl-C); `--debug` shows where it came from. Nothing heavy is imported until a command runs.
+Ctrl-C, 143 after SIGTERM); `--debug` shows where it came from. Nothing heavy is imported until a command runs.
 """
 
 import argparse
+import os
 import signal
 import sys
+import warnings
+from typing import Any
 
 from ldm.cli import make, replay, schedule
 
@@ -15,26 +18,41 @@ COMMANDS = (make, replay, schedule)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name need not be text
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries; what a user should know is in our own lines
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status."""
     args = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through every `finally`, so that no partial file stays
+    stops = []
+
+    def stop(number: int, _: Any) -> None:
+        """As Ctrl-C: leave through every `finally`, so that no partial file stays."""
+        stops.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        args.run(args)
-    except KeyboardInterrupt as stop:
-        _say(str(stop) or "interrupted")
-        return 130
-    except BrokenPipeError:  # whoever read our output has left
+        status = args.run(args) or 0
+        print(end="", flush=True)
+        return status
+    except KeyboardInterrupt as interrupt:
+        _say(str(interrupt) or "interrupted")
+        return 128 + (stops or [signal.SIGINT])[0]
+    except BrokenPipeError:  # whoever read our output has left; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if args.debug or not _expected(error):
             raise
         _say(" ".join(str(error).split()) or type(error).__name__)
         return 1
-    return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,28 +89,27 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Make the pictures in portions, and write each portion before the next is begun."""
     prompts = _prompts(args)
-    folder = _writable(Path(args.out))
-    if args.preview is not None:
-        _writable(Path(args.preview).parent)
-    if args.preview_every < 1:
-        raise ValueError(f"preview-every {args.preview_every}; expected 1 or more")
     settings = _settings(args)
     sources = _sources(args)
     from ldm.output import files
     from ldm.pipelines.conventions import HABITS
-    from ldm.pipelines.settings import checked
+    from ldm.pipelines.settings import SEEDS_BELOW, checked
 
     given = checked(settings)  # refuse what is wrong before a model is loaded
-    components = options.load(args)
-    if "seed" not in settings:
-        print(f"seed {given.seed}", file=sys.stderr)
-    settings |= {"seed": given.seed, **_sides(args)}
-    portions = list(_portions(prompts, settings, given.batch_size, whole=HABITS[given.convention].one_generator))
     total, made = len(prompts) * given.num_images, 0
+    if given.seed + total > SEEDS_BELOW:
+        raise ValueError(f"seed {given.seed} for {total} images; expected at most {SEEDS_BELOW - total}")
+    folder = _writable(Path(args.out))
+    _check_preview(args)
+    components = options.load(args)
+    drawn = None if "seed" in settings else given.seed
+    settings |= {"seed": given.seed, **_sides(args)}
+    whole = HABITS[given.convention].one_generator
+    portions = len(prompts) if whole else -(-total // given.batch_size)
     _warn_of_cut_off(components, [*prompts, given.negative_prompt])
-    with _Progress(args, components, len(portions)) as progress:
+    with _Progress(args, components, portions, drawn) as progress:
         try:
-            for portion, fields in portions:
+            for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
                 progress.describe(made, total)
                 result = _pipeline(args.task)(components, portion, **sources, **fields, after_step=progress.after_step)
                 for picture, receipt in zip(result.images, result.receipts, strict=True):
@@ -127,12 +127,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.from_file is None:
         return given
     try:
-        text = sys.stdin.read() if args.from_file == "-" else Path(args.from_file).read_text(encoding="utf-8-sig")
+        text = sys.stdin.buffer.read() if args.from_file == "-" else Path(args.from_file).read_bytes()
+        prompts = [line for line in text.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.from_file}: is not UTF-8 text at byte {error.start}") from None
     except OSError as error:
         raise ValueError(f"{args.from_file}: cannot be read ({error.strerror})") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{args.from_file}: holds no prompt; expected one a line")
     return prompts
@@ -184,6 +184,16 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
+def _check_preview(args: argparse.Namespace) -> None:
+    if args.preview_every < 1:
+        raise ValueError(f"preview-every {args.preview_every}; expected 1 or more")
+    if args.preview is None:
+        return
+    if Path(args.preview).is_dir():
+        raise ValueError(f"preview {args.preview} is a folder; expected the name of a PNG")
+    _writable(Path(args.preview).parent)
+
+
 def _portions(
     prompts: list[str], settings: dict[str, Any], batch_size: int, *, whole: bool
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
@@ -196,9 +206,10 @@ def _portions(
         for i, prompt in enumerate(prompts):
             yield [prompt], {**settings, "seed": seed + i * count}
         return
-    each = [prompt for prompt in prompts for _ in range(count)]
-    for start in range(0, len(each), batch_size):
-        yield each[start : start + batch_size], {**settings, "num_images": 1, "seed": seed + start}
+    total = len(prompts) * count
+    for start in range(0, total, batch_size):
+        portion = [prompts[i // count] for i in range(start, min(start + batch_size, total))]
+        yield portion, {**settings, "num_images": 1, "seed": seed + start}
 
 
 def _pipeline(task: str) -> Callable[..., Any]:
@@ -214,34 +225,50 @@ def _warn_of_cut_off(components: Any, prompts: list[str]) -> None:
 
 
 class _Progress:
-    """One bar over all steps of all portions, with the time left; and the preview."""
+    """One bar over all steps of all portions, with the time left; and the preview.
 
-    def __init__(self, args: argparse.Namespace, components: Any, portions: int):
-        from tqdm import tqdm
+    Nothing shows before the first step, so that what is still refused is refused in one line. drawn: a seed to show then.
+    """
 
-        self.args, self.components, self.portions = args, components, portions
-        self.bar = tqdm(unit="step", disable=args.quiet, file=sys.stderr)
+    def __init__(self, args: argparse.Namespace, components: Any, portions: int, drawn: int | None):
+        self.args, self.components, self.portions, self.drawn = args, components, portions, drawn
+        self.bar, self.text, self.begun = None, "", time.time()
 
     def __enter__(self) -> "_Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def describe(self, made: int, total: int) -> None:
-        self.bar.set_description(f"picture {made + 1} of {total}")
+        self.text = f"picture {made + 1} of {total}"
+        if self.bar is not None:
+            self.bar.set_description(self.text)
 
     def write(self, path: Path) -> None:
+        self._show()
         self.bar.clear()
         print(path, flush=True)
         self.bar.refresh()
 
     def after_step(self, x: Any, info: Any) -> Any:
+        self._show()
         self.bar.total = info.count * self.portions
         self.bar.update()
         if self.args.preview is not None and (info.index + 1) % self.args.preview_every == 0:
             self._preview(info.x0[:1])
         return x
+
+    def _show(self) -> None:
+        if self.bar is not None:
+            return
+        from tqdm import tqdm
+
+        if self.drawn is not None:
+            print(f"seed {self.drawn}", file=sys.stderr)
+        self.bar = tqdm(desc=self.text, unit="step", disable=self.args.quiet, file=sys.stderr)
+        self.bar.start_t = self.begun
 
     def _preview(self, x0: Any) -> None:
         from ldm.output import files

@@ -48,8 +48,7 @@ def load(args: argparse.Namespace) -> "Components":
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
     try:
-        torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()).partition(".")[0]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from None
@@ -86,7 +85,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spacing",
         "--schedule",
-        help="uniform, leading, linspace, trailing, compvis, karras or exponential (default: the convention's)",
+        help="tapered, uniform, leading, linspace, trailing, compvis, karras or exponential (default: the convention's)",
     )
     group.add_argument("--convention", help="ldm, diffusers, kdiffusion or compvis: do as that one does (default ldm)")
 

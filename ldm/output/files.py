@@ -28,8 +28,7 @@ def save(image: Image.Image, receipt: Mapping[str, Any], folder: str | Path) -> 
             except FileExistsError:
                 number += 1
             except OSError:  # a file system without links
-                if not path.exists():
-                    os.replace(partial, path)
+                if _renamed(partial, path):
                     return path
                 number += 1
 
@@ -64,7 +63,8 @@ class _Partial:
         self.info = PngImagePlugin.PngInfo()
         if receipt is None:
             return
-        self.info.add_text("parameters", receipts.parameters(receipt).replace("\0", ""))
+        text = receipts.parameters(receipt).replace("\0", "")
+        self.info.add_text("parameters", text.encode(errors="replace").decode())  # a model's name may hold half characters
         self.info.add_text(KEY, receipts.to_json(receipt))
 
     def __enter__(self) -> str:
@@ -84,6 +84,20 @@ class _Partial:
     def __exit__(self, *_: object) -> None:
         if os.path.exists(self.name):
             os.unlink(self.name)
+
+
+def _renamed(partial: str, path: Path) -> bool:
+    """The same where there are no links: an empty file takes the name first. False where another has it."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    try:
+        os.replace(partial, path)
+    except OSError:
+        path.unlink()
+        raise
+    return True
 
 
 def _umask() -> int:

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from ldm.samplers import all_samplers
 
 FORMAT = 1
+# What every receipt has, and what reading relies on; the pipelines check the rest as they check every field.
+FIELDS = {
+    **dict.fromkeys(("format", "seed", "width", "height"), int),
+    **dict.fromkeys(("task", "prompt", "sampler", "tokenizer", "dtype", "device"), str),
+    **dict.fromkeys(("model", "versions"), dict),
+}
 PROBES = 64  # values looked at in each tensor
 
 
 def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """A short hash of a model's weights: names, shapes, and 64 values of every tensor, evenly spread, rounded to bfloat16.
 
-    It tells checkpoints apart in milliseconds, whatever layout or precision they were kept in. It is no proof against
-    somebody who changes the values between.
+    It tells checkpoints apart in milliseconds, in whatever layout, and as float64, float32 or bfloat16. (What float16 rounded
+    first, bfloat16 does not always round to the same.) It is no proof against somebody who changes the values between.
     """
     digest = hashlib.sha256()
     for kind, module in sorted(modules.items()):
@@ -70,7 +76,7 @@ def parameters(receipt: Mapping[str, Any]) -> str:
         "Seed": receipt["seed"],
         "Size": f"{receipt['width']}x{receipt['height']}",
         "Model hash": receipt["model"]["fingerprint"],
-        "Model": receipt["model"]["name"].replace(",", " "),
+        "Model": " ".join(receipt["model"]["name"].replace(",", " ").split()),
         "Denoising strength": receipt.get("strength"),
         "Eta": receipt["eta"] or None,
         "Version": f"ldm {receipt['versions']['ldm']}",
@@ -90,10 +96,11 @@ def from_json(text: str, where: str) -> dict[str, Any]:
         receipt = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: its receipt is not JSON") from None
-    needed = ("format", "task", "prompt", "seed", "width", "height", "model", "versions")
-    missing = [name for name in needed if not isinstance(receipt, dict) or name not in receipt]
-    if missing:
-        raise ValueError(f"{where}: its receipt has no {missing[0]}; expected one written by ldm")
+    for name, kind in FIELDS.items():
+        if not isinstance(receipt, dict) or name not in receipt:
+            raise ValueError(f"{where}: its receipt has no {name}; expected one written by ldm")
+        if not isinstance(receipt[name], kind):
+            raise ValueError(f"{where}: its receipt has {name} {receipt[name]!r:.60}; expected one written by ldm")
     if receipt["format"] != FORMAT:
         raise ValueError(f"{where}: its receipt has format {receipt['format']!r}; this version reads {FORMAT}")
     return receipt

@@ -12,7 +12,7 @@ from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
 from ldm.pipelines.image_to_image import img2img, source_hash
 from ldm.pipelines.inpaint import inpaint
-from ldm.pipelines.settings import Settings, check_prompts
+from ldm.pipelines.settings import Settings, check_prompts, checked
 from ldm.pipelines.text_to_image import txt2img
 
 TASKS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint}
@@ -55,13 +55,16 @@ def replay(
             "the picture was made from noise that was given as a tensor; make it again from Python with that noise"
         )
     sources = {}
-    for name, picture in (("image", image), ("mask", mask)):
+    for name, source in (("image", image), ("mask", mask)):
         if f"{name}_sha256" in receipt:
-            sources[name] = _same_source(name, picture, receipt[f"{name}_sha256"])
-    known = [field.name for field in dataclasses.fields(Settings)]
+            sources[name] = _same_source(name, source, receipt[f"{name}_sha256"])
+        elif source is not None:
+            raise ValueError(f"the picture was made without any {name}; leave it out")
+    known = [field.name for field in dataclasses.fields(Settings) if field.name not in ("decode", "batch_size")]
+    settings = checked({name: receipt[name] for name in known if name in receipt})
     fields = {name: receipt[name] for name in (*known, "width", "height", *OWN_FIELDS[task]) if name in receipt}
     together = check_prompts(receipt.get("prompts", receipt.get("prompt")))
-    count = len(together) * receipt.get("num_images", 1)
+    count = len(together) * settings.num_images
     at = receipt.get("index") if "prompts" in receipt else 0
     if type(at) is not int or not 0 <= at < count:
         raise ValueError(f"the receipt is of image {at!r} of {count}")

@@ -17,6 +17,7 @@ from ldm.samplers import find
 
 DRAWN_BELOW = 2**32  # a drawn seed is short enough to be noted down
 SEEDS_BELOW = 2**64  # what torch's generators take
+LONGEST_SIDE = 2**16  # pixels; longer ones are slips of the keyboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def checked(fields: dict[str, Any]) -> Settings:
 
 def check_side(name: str, value: Any, multiple: int) -> int:
     """A side in pixels. Raises ValueError where it is not a multiple of what the autoencoder halves away."""
-    _check_whole(name, value, multiple)
+    _check_whole(name, value, multiple, LONGEST_SIDE)
     if value % multiple:
         below = value // multiple * multiple
         raise ValueError(f"{name} {value} is not a multiple of {multiple}; try {below} or {below + multiple}")
@@ -129,6 +130,8 @@ def _sampler(asked: Settings) -> tuple[str, str | None]:
 def _seed(asked: Settings) -> int:
     if asked.seed is None:
         return secrets.randbelow(DRAWN_BELOW)
+    if asked.seed == -1:
+        raise ValueError("seed -1; for a drawn one, leave the seed out; otherwise expected a whole number from 0")
     _check_whole("seed", asked.seed, 0, SEEDS_BELOW - 1)
     return asked.seed
 

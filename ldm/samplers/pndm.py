@@ -11,7 +11,7 @@ from ldm.diffusion.grid import Grid
 from ldm.diffusion.sampling import AfterStep, Info, Model, Noise, keep, move, predict_x0
 
 NAME = "pndm"
-SPELLINGS = ("PNDM", "PLMS", "PNDMScheduler", "plms")
+SPELLINGS = ("PLMS", "PNDM", "PNDMScheduler", "plms")
 PAPER = "arXiv:2202.09778"
 ORDER = 2
 STOCHASTIC = False
