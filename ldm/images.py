@@ -72,7 +72,7 @@ def to_images(pixels: Tensor, *, truncate: bool = False) -> list[Image.Image]:
     Raises ValueError where a value is NaN.
     """
     if pixels.isnan().any():
-        raise ValueError("the decoded image holds NaN, so this type is too narrow for the model; try dtype float32 or bfloat16")
+        raise ValueError("the pixels hold NaN; expected values about -1 to 1")
     levels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
     levels = levels.floor() if truncate else levels.round()
     arrays = levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 from ldm import images
 from tests import seeded
-from tests.refusal import one_line
+from tests.refusal import as_nobody, one_line
 
 WHITE = 255
 ORIENTATION = 0x0112  # the EXIF tag
@@ -275,19 +275,6 @@ def test_what_is_no_picture_to_start_from_is_refused_at_once(tmp_path, content, 
     assert time.monotonic() - start < 1
 
 
-@contextlib.contextmanager
-def as_nobody():
-    """Without root's right to everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_a_file_that_is_not_there_or_not_to_be_read_is_named():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -435,7 +422,7 @@ def test_nan_is_refused(dtype):
     pixels[1, 2, 3, 0] = torch.nan
     with pytest.raises(ValueError) as caught:
         images.to_images(pixels)
-    assert "holds NaN" in one_line(caught.value)
+    assert "hold NaN" in one_line(caught.value)
 
 
 # -- Sizes and masks

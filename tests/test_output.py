@@ -25,7 +25,7 @@ from ldm.output import files
 from ldm.output import receipt as receipts
 from ldm.samplers import all_samplers
 from tests import seeded
-from tests.refusal import one_line
+from tests.refusal import as_nobody, one_line
 
 PROMPT = "a red cube on top of a blue sphere"
 RECEIPT = {
@@ -326,19 +326,6 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Without root's right to everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def save(folder: Path) -> Path:

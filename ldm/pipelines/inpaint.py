@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm import images
 from ldm.checkpoint import Components
 from ldm.diffusion.grid import Grid
-from ldm.diffusion.guidance import levels_of
+from ldm.diffusion.guidance import Widen, levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model, keep
 from ldm.models.autoencoder import Posterior
 from ldm.output.receipt import picture_hash
@@ -74,24 +74,35 @@ def inpaint(
         x = run.grid.noise_scale * start if strength == 1 else noised(known, start, grid.start_sigma)
         if wants_mask:
             visible = known_latents(run, batch, visible_posterior, posterior)
-            beside = torch.cat([hidden.expand(len(x), -1, -1, -1), visible], dim=1)
-            widen = lambda x, beside=beside: torch.cat([x, beside], dim=1)  # noqa: E731
-            parts.append(run.sample(batch, x, grid, after_step, widen=widen))
-            continue
-        if run.habits.hidden_draw and posterior == "sample":
-            batch.draws.posterior(run.latent_shape)
-        blend = _Blend(run, batch, grid, hidden, known, start)
-        x = blend.at_start(x)
-        parts.append(run.sample(batch, x, grid, blend.then(after_step), wrap=blend.before))
-    begun = "noise alone" if strength == 1 else "the image, noised"
-    fields = {"strength": strength, "posterior": posterior, "begun_with": begun, "paste": paste}
-    fields |= {"image_sha256": source_hash(image)}
-    result = finish(run, parts, "inpaint", grid, noise, **fields, mask_sha256=picture_hash(images.rgb(mask)))
-    return _pasted(result, pixels, hidden_pixels, run) if paste else result
+            parts.append(run.sample(batch, x, grid, after_step, widen=_beside(hidden, visible)))
+        else:
+            if run.habits.hidden_draw and posterior == "sample":
+                batch.draws.posterior(run.latent_shape)
+            blend = _Blend(run, batch, grid, hidden, known, start)
+            parts.append(run.sample(batch, blend.at_start(x), grid, blend.then(after_step), wrap=blend.before))
+    fields = {
+        "strength": strength,
+        "posterior": posterior,
+        "paste": paste,
+        "begun_with": "noise alone" if strength == 1 else "the image, noised",
+        "image_sha256": source_hash(image),
+        "mask_sha256": source_hash(mask),
+    }
+    result = finish(run, parts, "inpaint", grid, noise, **fields)
+    return _pasted(result, pixels, hidden_pixels) if paste else result
 
 
 def _encoded(run: Run, pixels: Tensor) -> Posterior:
     return autoencoding.encode(run.components.autoencoder, run.place(pixels), run.settings.tile)
+
+
+def _beside(hidden: Tensor, visible: Tensor) -> Widen:
+    """x (b, 4, h, w) -> x, mask and visible latents (b, 9, h, w): what a model trained for inpainting is shown."""
+
+    def widen(x: Tensor) -> Tensor:
+        return torch.cat([x, hidden.expand(len(x), -1, -1, -1), visible], dim=1)
+
+    return widen
 
 
 class _Blend:
@@ -135,7 +146,7 @@ class _Blend:
         return hook
 
 
-def _pasted(result: Result, pixels: Tensor, hidden: Tensor, run: Run) -> Result:
+def _pasted(result: Result, pixels: Tensor, hidden: Tensor) -> Result:
     """The result with the image's own pixels where they are kept."""
     (original,) = images.to_images(pixels)
     (cover,) = images.to_images((2 * hidden - 1).expand(-1, 3, -1, -1))

@@ -114,8 +114,11 @@ class Run:
         wrap: WrapModel = lambda model: model,
     ) -> Tensor:
         """Walk the grid from x (b, c, h, w) with the guided model. widen: see `guided`. wrap: what to put around the model."""
-        settings, draws = self.settings, batch.draws
-        noise = lambda: self.place(draws.noise(self.latent_shape))  # noqa: E731
+        settings = self.settings
+
+        def noise() -> Tensor:
+            return self.place(batch.draws.noise(self.latent_shape))
+
         predicts_v = self.components.schedule.prediction == "v_prediction"
         scale = settings.guidance_scale if self.habits.guide_below_1 else max(settings.guidance_scale, 1.0)
         model = guided(

@@ -17,7 +17,7 @@ import ldm
 from ldm.cli import options
 from ldm.output import files
 from tests.command_line import PROMPT, SMALL, Done, refused, start
-from tests.refusal import one_line
+from tests.refusal import as_nobody, one_line
 
 # -- Refusing
 
@@ -182,19 +182,6 @@ def test_debugging_shows_where_an_error_came_from(command):
 
 
 # -- Where nothing can be written
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Without root's right to everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_an_unwritable_folder_is_refused_before_anything_is_made(command, tmp_path, monkeypatch):
