@@ -19,9 +19,10 @@ _HOMES = {
     "img2img": "ldm.pipelines.image_to_image",
     "inpaint": "ldm.pipelines.inpaint",
     "replay": "ldm.pipelines.replay",
-    "pictures": "ldm.pipelines.latents",
+    "pictures": "ldm.pipelines.autoencoding",
     "Settings": "ldm.pipelines.settings",
-    "Result": "ldm.pipelines.run",
+    "Result": "ldm.pipelines.result",
+    "read_receipt": "ldm.output.files",
     "PRESETS": "ldm.presets",
     "table": "ldm.presets",
 }

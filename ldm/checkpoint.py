@@ -76,6 +76,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"{source}: cannot be loaded in dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    _check_device(source, device)
     checkpoint = weights_convert.read(_local(source, variant), weights=weights, variant=variant, ignore=ignore)
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
     if missing:
@@ -143,6 +144,14 @@ def _tensors(component: Component, device: torch.device, dtype: torch.dtype) -> 
             if converted > RELEASE_EVERY:
                 component.tensors.release()
                 converted = 0
+
+
+def _check_device(source: str | Path, device: str | torch.device) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # an unknown name, one this build has not, one that is not there
+        reason = " ".join(str(error).split()).partition(".")[0][:100]
+        raise CheckpointError(f"{source}: device {str(device)!r} cannot be used here ({reason}); try cpu") from None
 
 
 def _check_divisible(component: Component) -> None:

@@ -15,7 +15,7 @@ import weights_convert
 from ldm.checkpoint import load, load_module
 from ldm.models.clip import pool
 from ldm.models.safety import SafetyConfig
-from ldm.pipelines.latents import decode
+from ldm.pipelines.autoencoding import decode
 from ldm.pipelines.text_to_image import txt2img
 from ldm.presets import preset
 from tests import seeded

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from ldm.images import difference
-from ldm.pipelines.latents import decode
+from ldm.pipelines.autoencoding import decode
 from ldm.presets import preset
 from tests import seeded
 from tests.measure import relative_error

@@ -14,10 +14,10 @@ import ldm
 from ldm.diffusion.grid import noise_std, signal
 from ldm.diffusion.guidance import guided
 from ldm.images import difference, to_images, to_tensor
+from ldm.pipelines import autoencoding
 from ldm.pipelines import inpaint as inpainting
-from ldm.pipelines import latents as autoencoding
-from ldm.pipelines.conventions import HABITS
 from ldm.pipelines.draws import Draws
+from ldm.pipelines.habits import HABITS
 from ldm.pipelines.settings import Settings, checked
 from ldm.samplers import all_samplers
 from tests import seeded
@@ -453,7 +453,7 @@ def test_inpainting_as_compvis_does_it_is_compvis_own_trajectory(model, monkeypa
     turn = iter([golden["x_T"], *golden["draws"]])
     monkeypatch.setattr(Draws, "noise", lambda self, shape: next(turn).reshape(1, *shape))
     monkeypatch.setattr(inpainting, "known_latents", lambda *_: golden["image"])
-    monkeypatch.setattr(inpainting, "_encoded", lambda *_: ())
+    monkeypatch.setattr(inpainting, "encoded", lambda *_: ())
     height, width = golden["mask"].shape[-2:]
     keeps = to_images(F.interpolate(2 * golden["mask"] - 1, scale_factor=8).expand(-1, 3, -1, -1))[0]
     trace = []
@@ -539,7 +539,7 @@ def test_a_receipt_of_each_task_makes_the_same_picture(model, picture, mask):
         made = getattr(ldm, task)(model, PROMPT, *sources.values(), strength=0.7, posterior="mode", **fields)
         again = ldm.replay(model, made.receipts[0], **sources)
         assert again.same and again.changes == [] and again.receipt == made.receipts[0]
-        with pytest.raises(ValueError, match="made from another; give it as image"):
+        with pytest.raises(ValueError, match="was made with an image; give that as image too"):
             ldm.replay(model, made.receipts[0])
         with pytest.raises(ValueError, match="the image given is not the one"):
             ldm.replay(model, made.receipts[0], **{**sources, "image": ImageOps.invert(picture)})
@@ -582,7 +582,7 @@ def test_a_replay_says_what_was_different(model):
     receipt = ldm.txt2img(model, PROMPT, **SMALL).receipts[0]
     other = ldm.build("tiny", seed=1)
     again = ldm.replay(other, receipt)
-    assert not again.same and len(again.changes) == 1 and again.changes[0].startswith("model: ")
+    assert not again.same and len(again.changes) == 1 and again.changes[0].startswith("the model's fingerprint was ")
 
 
 # -- Fields
@@ -596,10 +596,12 @@ def test_settings_are_the_demo_forms(model):
     assert inspect.signature(ldm.img2img).parameters["strength"].default == 0.8
 
 
-@pytest.mark.parametrize("spelling", ["Euler a Karras", "k_euler_a", "EulerAncestralDiscreteScheduler", "euler ancestral"])
+@pytest.mark.parametrize(
+    "spelling", ["Euler a Karras", "k_euler_a_karras", "k_euler_a", "EulerAncestralDiscreteScheduler", "euler ancestral"]
+)
 def test_samplers_are_known_by_their_spellings(spelling):
     found = checked({"sampler": spelling})
-    assert found.sampler == "euler_ancestral" and found.spacing == ("karras" if "Karras" in spelling else None)
+    assert found.sampler == "euler_ancestral" and found.spacing == ("karras" if "karras" in spelling.lower() else None)
 
 
 @pytest.mark.parametrize(
@@ -688,3 +690,22 @@ def test_text_to_image_with_an_inpainting_model_is_refused(model):
     for call in (ldm.txt2img, lambda c, p: ldm.img2img(c, p, torch.zeros(1, 4, 3, 4))):
         with pytest.raises(ValueError, match=r"takes 9 channels.*use inpaint"):
             call(dataclasses.replace(model, unet=nine), PROMPT)
+
+
+def test_a_result_is_saved_with_its_receipts(model, tmp_path):
+    result = ldm.txt2img(model, PROMPT, num_images=2, **SMALL)
+    paths = result.save(tmp_path)
+    assert [path.name for path in paths] == ["00000-7.png", "00001-8.png"]
+    assert [ldm.read_receipt(path) for path in paths] == result.receipts
+    assert [Image.open(path).tobytes() for path in paths] == [picture.tobytes() for picture in result.images]
+
+
+def test_what_is_no_model_no_picture_and_no_receipt_is_named(model):
+    with pytest.raises(ValueError, match=r"components is a str; expected what ldm\.load returns"):
+        ldm.txt2img("model.ckpt", PROMPT)
+    with pytest.raises(ValueError, match=r"image is a str; expected a PIL image \(ldm\.images\.read opens a file\)"):
+        ldm.img2img(model, PROMPT, "cat.png")
+    with pytest.raises(ValueError, match=r"receipt is a str; expected what ldm\.read_receipt returns"):
+        ldm.replay(model, "cat.png")
+    with pytest.raises(ValueError, match="the picture was made without any image; leave it out"):
+        ldm.replay(model, ldm.txt2img(model, PROMPT, **SMALL).receipts[0], image=Image.new("RGB", (8, 8)))

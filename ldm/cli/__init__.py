@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from ldm.cli import make, replay, schedule
 
@@ -57,15 +57,27 @@ def run(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
-    top = argparse.ArgumentParser(
-        prog="ldm", description="Latent diffusion: pictures from prompts, over any Stable Diffusion v1 checkpoint."
-    )
+    import ldm
+
+    about = "Latent diffusion: pictures from prompts, over any Stable Diffusion v1 checkpoint."
+    top = _Parser(prog="ldm", description=about, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show where an error came from")
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, and where to look."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: ") and not message.partition(": ")[2].startswith("-"):
+            message += "; a prompt of several words stands in quotes"
+        help_of = self.prog if self.prog != "ldm" else "ldm COMMAND"
+        self.exit(2, f"{self.prog}: {message}; see {help_of} --help\n")
 
 
 def _expected(error: Exception) -> bool:

@@ -18,11 +18,13 @@ def add(commands: Any) -> None:
         ("img2img", "pictures of a prompt that keep something of a picture"),
         ("inpaint", "part of a picture made anew"),
     ):
-        command = commands.add_parser(task, help=help_text, description=help_text.capitalize() + ".", epilog=EPILOG)
+        command = commands.add_parser(
+            task, help=help_text, allow_abbrev=False, description=help_text.capitalize() + ".", epilog=EPILOG
+        )
         _add_prompt(command)
         if task != "txt2img":
             _add_image(command, task)
-        _add_form(command)
+        _add_form(command, "the model's own" if task == "txt2img" else "the picture's own, rounded down")
         options.add_sampling(command)
         _add_output(command)
         options.add_model(command)
@@ -42,8 +44,8 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
 def _add_image(command: argparse.ArgumentParser, task: str) -> None:
     group = command.add_argument_group("picture")
     group.add_argument("--image", "--init-img", required=True, metavar="FILE", help="PNG, JPEG or WebP to start from")
-    default = "0.8" if task == "img2img" else "1"
-    group.add_argument("--strength", type=float, help=f"0 (the picture itself) to 1 (all noise); default {default}")
+    lowest, default = ("0 (the picture itself)", "0.8") if task == "img2img" else ("above 0 (little is new)", "1")
+    group.add_argument("--strength", type=float, help=f"{lowest} to 1 (begun with noise alone); default {default}")
     group.add_argument("--posterior", help="sample or mode of the encoded picture (default sample)")
     if task == "inpaint":
         group.add_argument("--mask", required=True, metavar="FILE", help="white where the picture is made anew")
@@ -51,14 +53,10 @@ def _add_image(command: argparse.ArgumentParser, task: str) -> None:
         group.add_argument("--paste", action="store_true", help="keep the picture's own pixels where it is kept")
 
 
-def _add_form(command: argparse.ArgumentParser) -> None:
+def _add_form(command: argparse.ArgumentParser, size: str) -> None:
     group = command.add_argument_group("image")
-    group.add_argument(
-        "-W", "--width", "--W", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's, or image's)"
-    )
-    group.add_argument(
-        "-H", "--height", "--H", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's, or image's)"
-    )
+    group.add_argument("-W", "--width", "--W", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
+    group.add_argument("-H", "--height", "--H", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
     group.add_argument("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="G", help="0 and up (default 7.5)")
     group.add_argument(
         "--guidance-interval",
@@ -68,7 +66,7 @@ def _add_form(command: argparse.ArgumentParser) -> None:
         help="lowest and highest timestep that is guided (default: all)",
     )
     group.add_argument("--eta", "--ddim_eta", type=float, help="fresh noise in DDIM, 0 to 1 (default 0)")
-    group.add_argument("--seed", type=int, help="of the first picture, the next have the next (default: drawn and shown)")
+    group.add_argument("--seed", type=int, help="of the first picture; the others count up (default: drawn, and shown)")
     group.add_argument("--num-images", "--n_samples", type=int, metavar="N", help="of each prompt (default 1)")
     group.add_argument("--n_iter", type=int, default=1, help=argparse.SUPPRESS)
     group.add_argument("--batch-size", type=int, metavar="N", help="pictures that are computed together (default 4)")
@@ -80,10 +78,13 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o", "--out", "--outdir", default="outputs", metavar="FOLDER", help="where pictures go (default outputs)"
     )
-    group.add_argument("--preview", metavar="FILE", help="a PNG that shows the first picture on its way")
+    group.add_argument("--preview", metavar="FILE", help="a PNG that shows the first picture on its way, and at the end")
     group.add_argument("--preview-every", type=int, default=5, metavar="N", help="steps between two previews (default 5)")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    group.add_argument("--skip_grid", action="store_true", help=argparse.SUPPRESS)  # there is none to skip
+    # Of CompVis's scripts: there is no sheet of all pictures here, and the file says how many channels it has.
+    group.add_argument("--skip_grid", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--n_rows", "--C", "--f", "--config"):
+        group.add_argument(name, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     settings = _settings(args)
     sources = _sources(args)
     from ldm.output import files
-    from ldm.pipelines.conventions import HABITS
+    from ldm.pipelines.habits import HABITS
     from ldm.pipelines.settings import SEEDS_BELOW, checked
 
     given = checked(settings)  # refuse what is wrong before a model is loaded
@@ -172,7 +173,7 @@ def _sources(args: argparse.Namespace) -> dict[str, Any]:
     return sources
 
 
-def _writable(folder: Path) -> Path:
+def _writable(folder: Path, option: str = "--out") -> Path:
     """The folder, made where it is not there; refused now where nothing can be written into it."""
     import tempfile
 
@@ -180,7 +181,9 @@ def _writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{folder}: nothing can be written there ({error.strerror}); name another folder with --out") from None
+        raise ValueError(
+            f"{folder}: nothing can be written there ({error.strerror}); name another folder with {option}"
+        ) from None
     return folder
 
 
@@ -189,9 +192,10 @@ def _check_preview(args: argparse.Namespace) -> None:
         raise ValueError(f"preview-every {args.preview_every}; expected 1 or more")
     if args.preview is None:
         return
-    if Path(args.preview).is_dir():
-        raise ValueError(f"preview {args.preview} is a folder; expected the name of a PNG")
-    _writable(Path(args.preview).parent)
+    if Path(args.preview).is_dir() or Path(args.preview).suffix.lower() != ".png":
+        kind = "is a folder" if Path(args.preview).is_dir() else "does not end in .png"
+        raise ValueError(f"preview {args.preview} {kind}; expected the name of a PNG")
+    _writable(Path(args.preview).parent, "--preview")
 
 
 def _portions(
@@ -219,9 +223,10 @@ def _pipeline(task: str) -> Callable[..., Any]:
 
 
 def _warn_of_cut_off(components: Any, prompts: list[str]) -> None:
+    room = components.tokenizer.length - 2  # between the two marks
     for cut_off in dict.fromkeys(components.tokenizer(prompts).cut_off):
         if cut_off:
-            options.warn(f"the model reads 75 tokens; cut off: {cut_off!r}")
+            options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}")
 
 
 class _Progress:
@@ -256,7 +261,8 @@ class _Progress:
         self._show()
         self.bar.total = info.count * self.portions
         self.bar.update()
-        if self.args.preview is not None and (info.index + 1) % self.args.preview_every == 0:
+        turn = (info.index + 1) % self.args.preview_every == 0 or info.index + 1 == info.count
+        if self.args.preview is not None and turn:
             self._preview(info.x0[:1])
         return x
 
@@ -272,7 +278,7 @@ class _Progress:
 
     def _preview(self, x0: Any) -> None:
         from ldm.output import files
-        from ldm.pipelines.latents import pictures
+        from ldm.pipelines.autoencoding import pictures
 
         (picture,) = pictures(self.components, x0, self.args.tile)
         files.save_as(picture, None, self.args.preview)

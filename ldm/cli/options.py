@@ -31,8 +31,8 @@ def add_model(command: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default float32)")
     group.add_argument("--precision", choices=("full", "autocast"), help=argparse.SUPPRESS)
-    group.add_argument("--weights", help="ema or raw, where a file holds both (default: ema)")
-    group.add_argument("--variant", help="fp16 for a folder's half-precision files")
+    group.add_argument("--weights", help="ema or raw, where a file holds both (default: ema where there is one)")
+    group.add_argument("--variant", help="fp16 for a folder's half-precision files (default: the full ones where there are)")
     group.add_argument("--tokenizer", help="hf or openai: how prompts are cleaned (default hf)")
 
 
@@ -41,17 +41,11 @@ def load(args: argparse.Namespace) -> "Components":
     source = args.model or os.environ.get(MODEL_VARIABLE)
     if not source:
         raise ValueError(f"no model given; name a checkpoint with --model, or in the variable {MODEL_VARIABLE}")
-    import torch
 
     import ldm
 
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split()).partition(".")[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from None
     return ldm.load(source, device=device, dtype=_dtype(args, device), **chosen)
 
 

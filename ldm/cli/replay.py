@@ -10,10 +10,11 @@ from ldm.cli import options
 
 def add(commands: Any) -> None:
     text = "a picture again, from its receipt"
-    command = commands.add_parser("replay", help=text, description=f"{text.capitalize()}. Exit status 3 where it differs.")
+    about = f"{text.capitalize()}. Exit status 3 where it differs by more than rounding."
+    command = commands.add_parser("replay", help=text, allow_abbrev=False, description=about)
     command.add_argument("picture", help="a PNG written by ldm")
-    command.add_argument("--image", "--init-img", metavar="FILE", help="what it was made from, where it was")
-    command.add_argument("--mask", metavar="FILE", help="the mask it was made with (as the receipt has it: white is new)")
+    command.add_argument("--image", "--init-img", metavar="FILE", help="the picture it was made from, by img2img or inpaint")
+    command.add_argument("--mask", metavar="FILE", help="the mask it was made with, by inpaint")
     command.add_argument("--invert-mask", action="store_true", help="where it was made with --invert-mask")
     command.add_argument("-o", "--out", metavar="FOLDER", help="also write the new picture there")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status: 3 where the picture is another."""
+    """The exit status: 3 where the picture is another, by more than what rounding leaves."""
     from PIL import ImageOps
     from tqdm import tqdm
 
@@ -44,16 +45,18 @@ def run(args: argparse.Namespace) -> int:
             return x
 
         found = replay(components, receipt, **sources, after_step=after_step)
-    for change in found.changes:
-        options.warn(change)
     if args.out is not None:
         print(files.save(found.image, found.receipt, Path(args.out)))
     farthest, share = images.difference(found.image, images.read(args.picture))
-    if farthest == 0 and found.same:
+    if farthest == 0:
         print("the same, pixel for pixel")
         return 0
-    print(f"not the same: {share:.2%} of the values differ, by at most {farthest} of 255")
-    return 3
+    for change in found.changes:
+        options.warn(change)
+    rounding = farthest == 1
+    verdict = "the same but for rounding" if rounding else "not the same"
+    print(f"{verdict}: {share:.2g} of the values differ, by at most {farthest} of 255")
+    return 0 if rounding else 3
 
 
 def _as_recorded(args: argparse.Namespace, receipt: dict[str, Any]) -> None:

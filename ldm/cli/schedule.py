@@ -10,7 +10,8 @@ from ldm.cli import options
 
 def add(commands: Any) -> None:
     text = "timesteps, noise levels and network calls of a sampler"
-    command = commands.add_parser("schedule", help=text, description=f"{text.capitalize()}, without making anything.")
+    about = f"{text.capitalize()}, without making anything."
+    command = commands.add_parser("schedule", help=text, allow_abbrev=False, description=about)
     options.add_sampling(command)
     command.add_argument("--strength", type=float, help="as image-to-image at this strength, 0 to 1")
     command.add_argument(
@@ -21,8 +22,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm.diffusion import schedule_table
     from ldm.diffusion.conventions import from_image, make_grid
-    from ldm.pipelines import schedule_table
     from ldm.pipelines.settings import check_strength, checked
     from ldm.samplers import all_samplers
 

@@ -33,8 +33,13 @@ def keep(x: Tensor, info: Info) -> Tensor:
     return x
 
 
+def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Data with noise ~ N(0, 1) at level sigma (Ho et al. 2020, arXiv:2006.11239, eq. 4)."""
+    return signal(sigma) * x0 + noise_std(sigma) * noise
+
+
 def predict_x0(x: Tensor, eps: Tensor, sigma: float) -> Tensor:
-    """The data in x, were all its noise eps (Ho et al. 2020, arXiv:2006.11239, eq. 4 solved for x_0)."""
+    """The data in x, were all its noise eps: eq. 4 solved for x_0."""
     return (x - noise_std(sigma) * eps) / signal(sigma)
 
 

@@ -47,10 +47,16 @@ def _probe(tensor: Tensor) -> Tensor:
 
 
 def versions() -> dict[str, str]:
-    """What computed: a picture is repeated to the last bit only with all of these the same."""
+    """What computes: with another of any of these a picture may come out with other roundings."""
     import ldm
 
-    return {"ldm": ldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "ldm": ldm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def picture_hash(image: Image.Image) -> str:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ldm import images
 from ldm.checkpoint import Components
-from ldm.diffusion.sampling import AfterStep, keep
-from ldm.models.autoencoder import Posterior
-from ldm.output.receipt import picture_hash, tensor_hash
-from ldm.pipelines import latents as autoencoding
-from ldm.pipelines.run import Batch, Result, Run, check_noise, check_plain, finish, noised, prepare
+from ldm.diffusion.sampling import AfterStep, keep, noised
+from ldm.pipelines.result import Result, finish
+from ldm.pipelines.run import check_noise, check_plain, prepare
 from ldm.pipelines.settings import check_posterior, check_strength
+from ldm.pipelines.sources import check_latents, encoded, image_size, known_latents, source_hash
 
 
 @torch.no_grad()
@@ -46,13 +45,12 @@ def img2img(
     check_plain(components)
     run = prepare(components, prompt, image_size(components, image, width, height), settings)
     check_noise(run, noise)
-    if isinstance(image, Tensor) and (len(image) not in (1, len(run.prompts)) or not image.isfinite().all()):
-        raise ValueError(f"latents of {len(image)} images for {len(run.prompts)}; expected 1 or {len(run.prompts)}, all finite")
+    check_latents(run, image)
     ignored = strength == 1 and run.habits.ignore_image
-    grid = run.grid if ignored else run.from_image(strength)
+    grid = run.grid if ignored else run.from_image(strength)  # None: no step at all, the image itself
     source = image
     if not ignored and not isinstance(image, Tensor):
-        source = autoencoding.encode(components.autoencoder, run.place(images.to_tensor(image, run.size)), run.settings.tile)
+        source = encoded(run, images.to_tensor(image, run.size))
     parts = []
     for batch in run.batches():
         if ignored:
@@ -67,42 +65,3 @@ def img2img(
     for i, receipt in enumerate(result.receipts):
         receipt["image_sha256"] = source_hash(image, i)
     return result
-
-
-def image_size(
-    components: Components, image: Image.Image | Tensor, width: int | None, height: int | None
-) -> tuple[int | None, int | None]:
-    """The size asked for, or the image's own, rounded down to what the autoencoder takes."""
-    factor = components.autoencoder.config.downsampling
-    if isinstance(image, Tensor):
-        channels = components.autoencoder.config.latent_channels
-        if image.ndim != 4 or image.shape[1] != channels:
-            raise ValueError(f"image is a tensor of shape {list(image.shape)}; expected latents (n, {channels}, h, w)")
-        own = (image.shape[3] * factor, image.shape[2] * factor)
-        if width not in (None, own[0]) or height not in (None, own[1]):
-            raise ValueError(f"size {width} x {height} for latents of {own[0]} x {own[1]}; leave out width and height")
-    elif isinstance(image, Image.Image):
-        upright = images.rgb(image)
-        own = tuple(images.floor_to(side, factor) for side in upright.size)
-    else:
-        raise ValueError(f"image is a {type(image).__name__}; expected a PIL image, or latents as a tensor")
-    return (own[0] if width is None else width, own[1] if height is None else height)
-
-
-def known_latents(run: Run, batch: Batch, source: Posterior | Tensor, posterior: str) -> Tensor:
-    """The latents to start from, for each image of the batch (b, 4, h, w): drawn from what the autoencoder made of a picture,
-    or given as they are, for all images or for each."""
-    if isinstance(source, Tensor):
-        own = run.place(source if len(source) == 1 else source[batch.at])
-    else:
-        noise = run.place(batch.draws.posterior(run.latent_shape)) if posterior == "sample" else None
-        drawn = source.mode() if noise is None else source.sample(noise)
-        own = run.place(drawn) * run.components.autoencoder.config.scaling_factor
-    return own.expand(batch.draws.count, -1, -1, -1)
-
-
-def source_hash(image: Image.Image | Tensor, i: int = 0) -> str:
-    """What a receipt says of the picture, or of the latents, that image i started from."""
-    if isinstance(image, Tensor):
-        return tensor_hash(image[min(i, len(image) - 1)])
-    return picture_hash(images.rgb(image))

@@ -16,13 +16,12 @@ from ldm import images
 from ldm.checkpoint import Components
 from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import Widen, levels_of
-from ldm.diffusion.sampling import AfterStep, Info, Model, keep
-from ldm.models.autoencoder import Posterior
+from ldm.diffusion.sampling import AfterStep, Info, Model, keep, noised
 from ldm.output.receipt import picture_hash
-from ldm.pipelines import latents as autoencoding
-from ldm.pipelines.image_to_image import image_size, known_latents, source_hash
-from ldm.pipelines.run import Batch, Result, Run, check_noise, finish, noised, prepare, sees_mask
+from ldm.pipelines.result import Result, finish
+from ldm.pipelines.run import Batch, Run, check_noise, prepare, sees_mask
 from ldm.pipelines.settings import check_posterior, check_strength
+from ldm.pipelines.sources import encoded, image_size, known_latents, source_hash
 
 
 @torch.no_grad()
@@ -47,6 +46,7 @@ def inpaint(
     the image noised part of the way; 0 is refused, since nothing would be new. paste: lay the image's own pixels over the
     result where it is kept; otherwise they have been through the autoencoder. The rest is as in `img2img`.
     """
+    # hidden is where the mask is white, and visible what is left of the image without it; known are the image's own latents.
     strength = check_strength(strength)
     check_posterior(posterior)
     if paste and settings.get("decode") is False:
@@ -64,9 +64,9 @@ def inpaint(
     hidden = run.place(F.interpolate(hidden_pixels, run.latent_shape[1:], mode="nearest"))  # (1, 1, h, w)
     known_posterior = visible_posterior = None
     if not wants_mask or strength < 1:
-        known_posterior = _encoded(run, pixels)
+        known_posterior = encoded(run, pixels)
     if wants_mask:
-        visible_posterior = _encoded(run, pixels * (1 - hidden_pixels))
+        visible_posterior = encoded(run, pixels * (1 - hidden_pixels))
     parts = []
     for batch in run.batches():
         known = None if known_posterior is None else known_latents(run, batch, known_posterior, posterior)
@@ -90,10 +90,6 @@ def inpaint(
     }
     result = finish(run, parts, "inpaint", grid, noise, **fields)
     return _pasted(result, pixels, hidden_pixels) if paste else result
-
-
-def _encoded(run: Run, pixels: Tensor) -> Posterior:
-    return autoencoding.encode(run.components.autoencoder, run.place(pixels), run.settings.tile)
 
 
 def _beside(hidden: Tensor, visible: Tensor) -> Widen:
@@ -122,7 +118,10 @@ class _Blend:
         return self.put_back(x, self.grid.steps[0].sigma) if self.run.habits.blend_start else x
 
     def before(self, model: Model) -> Model:
-        """Around the model: also what a sampler only tries on its way, between two steps, holds the known part."""
+        """Around the model: also what a sampler only tries on its way, between two steps, holds the known part.
+
+        What the first call sees is x itself, which `at_start` has blended, or not, as the convention has it.
+        """
         if not self.run.habits.blend_provisional:
             return model
         calls = []

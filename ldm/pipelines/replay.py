@@ -10,21 +10,23 @@ from torch import Tensor
 
 from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
-from ldm.pipelines.image_to_image import img2img, source_hash
+from ldm.pipelines.image_to_image import img2img
 from ldm.pipelines.inpaint import inpaint
 from ldm.pipelines.settings import Settings, check_prompts, checked
+from ldm.pipelines.sources import source_hash
 from ldm.pipelines.text_to_image import txt2img
 
 TASKS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint}
 OWN_FIELDS = {"txt2img": (), "img2img": ("strength", "posterior"), "inpaint": ("strength", "posterior", "paste")}
-COMPARED = ("model", "tokenizer", "dtype", "device", "versions")  # what must be the same for the same bits
 
 
 @dataclass(frozen=True)
 class Replay:
     """A picture made again.
 
-    same: whether its pixels are those of the receipt. changes: what was not as it had been, in words.
+    same: whether its pixels are those of the receipt, to the last bit. Made in another batch, with another number of threads or
+    from weights that lie elsewhere in memory, they can differ by what rounding leaves. changes: what of the model, the
+    precision or the software was not as it had been, in words.
     """
 
     image: Image.Image
@@ -47,6 +49,8 @@ def replay(
     ValueError where they are not, or where the receipt tells of something that no receipt can hold, such as noise given as
     a tensor.
     """
+    if not isinstance(receipt, Mapping):
+        raise ValueError(f"receipt is a {type(receipt).__name__}; expected what ldm.read_receipt returns")
     task = receipt.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"the receipt is of task {task!r}; expected one of {', '.join(TASKS)}")
@@ -71,13 +75,20 @@ def replay(
     result = TASKS[task](components, together, **sources, **fields, after_step=after_step)
     made = result.receipts[at]
     proof = "pixels_sha256" if "pixels_sha256" in receipt else "latents_sha256"  # latents alone, where none was decoded
-    changes = [f"{name}: {receipt.get(name)} then, {made[name]} now" for name in COMPARED if receipt.get(name) != made[name]]
+    then, now = _circumstances(receipt), _circumstances(made)
+    changes = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     return Replay(result.images[at], made, made[proof] == receipt.get(proof), changes)
+
+
+def _circumstances(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for the same bits. The model may have got another name."""
+    named = {name: receipt.get(name) for name in ("tokenizer", "dtype", "device", "batch")}
+    return {"the model's fingerprint": receipt["model"].get("fingerprint"), **named, **receipt["versions"]}
 
 
 def _same_source(name: str, source: Image.Image | Tensor | None, wanted: str) -> Image.Image | Tensor:
     if source is None:
-        raise ValueError(f"the picture was made from another; give it as {name}")
+        raise ValueError(f"the picture was made with {'an image' if name == 'image' else 'a mask'}; give that as {name} too")
     if source_hash(source) != wanted:
         raise ValueError(f"the {name} given is not the one that the picture was made from; its values differ")
     return source

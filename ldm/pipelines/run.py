@@ -1,47 +1,28 @@
 """A run made ready: prompts encoded, grid laid, and for each batch of images its guided model and its random numbers.
 
-`prepare` checks every field before anything is computed. The three pipelines walk over `Run.batches()`, and `finish` turns
-what they reached into pictures with receipts.
+`prepare` checks every field before anything is computed. The three pipelines walk over `Run.batches()`, and `result.finish`
+turns what they reached into pictures with receipts.
 """
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ldm import images
-from ldm.checkpoint import REQUIRED, Components
+from ldm.checkpoint import Components
 from ldm.diffusion.conventions import from_image, make_grid
-from ldm.diffusion.grid import Grid, noise_std, signal
+from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import Widen, guided, levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model
-from ldm.output import receipt as receipts
-from ldm.pipelines import latents as autoencoding
-from ldm.pipelines.conventions import HABITS, Habits
 from ldm.pipelines.draws import Draws, Shape
+from ldm.pipelines.habits import HABITS, Habits
 from ldm.pipelines.settings import SEEDS_BELOW, Settings, check_prompts, check_side, checked
 from ldm.samplers import all_samplers
 
 WrapModel = Callable[[Model], Model]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run made, image by image.
-
-    images: PIL pictures, none where `decode` was off. latents: (n, 4, h, w), as the UNet has them, on its device.
-    receipts: for each image everything that made it, to be kept in its file (see `ldm.output`).
-    """
-
-    images: list[Image.Image]
-    latents: Tensor
-    receipts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +46,7 @@ class Run:
     grid: Grid
     prompts: list[str]
     cut_off: list[str]  # what of each prompt did not fit
+    negative_cut_off: str
     uncond: Tensor  # (1, n, d)
     conds: Tensor  # (number of prompts, n, d)
 
@@ -98,10 +80,11 @@ class Run:
         """The noise a batch begins with, N(0, 1): drawn, or its part of what the caller gave."""
         return self.place(batch.draws.noise(self.latent_shape) if noise is None else noise[batch.at])
 
-    def place(self, noise: Tensor) -> Tensor:
-        """On the UNet's device, in the type that latents have between its calls: float32, or float64 with such a UNet."""
+    def place(self, x: Tensor) -> Tensor:
+        """Noise, pixels or latents on the UNet's device, in the type they have between its calls: float32, or float64 with
+        such a UNet."""
         weight = self.components.unet.conv_in.weight
-        return noise.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        return x.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     def sample(
         self,
@@ -140,6 +123,8 @@ def prepare(
     components: Components, prompt: str | list[str], size: tuple[int | None, int | None], fields: dict[str, Any]
 ) -> Run:
     """Check every field, encode the prompts and lay the grid. Raises ValueError, one line, before anything is drawn."""
+    if not isinstance(components, Components):
+        raise ValueError(f"components is a {type(components).__name__}; expected what ldm.load returns")
     settings, prompts = checked(fields), check_prompts(prompt)
     usual = components.unet.config.sample_size * components.autoencoder.config.downsampling
     multiple = components.autoencoder.config.downsampling
@@ -166,6 +151,7 @@ def prepare(
         grid=grid,
         prompts=[text for text in prompts for _ in range(settings.num_images)],
         cut_off=[text for text in tokens.cut_off[1:] for _ in range(settings.num_images)],
+        negative_cut_off=tokens.cut_off[0],
         uncond=contexts[:1],
         conds=contexts[1:],
     )
@@ -196,70 +182,6 @@ def check_noise(run: Run, noise: Tensor | None) -> None:
         raise ValueError(f"noise of shape {found}; expected a tensor of {list(expected)}")
     if not noise.isfinite().all():
         raise ValueError("noise holds infinite values or NaN; expected N(0, 1)")
-
-
-def noised(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Latents at level sigma (arXiv:2006.11239, eq. 4)."""
-    return signal(sigma) * latents + noise_std(sigma) * noise
-
-
-def finish(run: Run, parts: list[Tensor], task: str, grid: Grid | None, noise: Tensor | None, **fields: Any) -> Result:
-    """The latents of all batches -> pictures and receipts.
-
-    grid: what was walked, None for nothing. noise: what the caller gave to begin with. fields: the task's own.
-    """
-    latents = torch.cat(parts)
-    if latents.isnan().any():
-        raise ValueError(f"the latents hold NaN; {autoencoding.hint(run.components.unet.conv_in.weight.dtype)}")
-    pictures = []
-    if run.settings.decode:
-        pixels = autoencoding.decode(run.components.autoencoder, latents, run.settings.tile)
-        if pixels.isnan().any():
-            raise ValueError(f"the decoded picture holds NaN; {autoencoding.hint(run.components.unet.conv_in.weight.dtype)}")
-        pictures = images.to_images(pixels, truncate=run.habits.truncate)
-    if noise is not None:
-        fields["noise_sha256"] = receipts.tensor_hash(noise)
-    common = _receipt(run, task, grid, fields)
-    receipts_made = []
-    for i, prompt in enumerate(run.prompts):
-        own = {"prompt": prompt, "cut_off": run.cut_off[i], "index": i, "latents_sha256": receipts.tensor_hash(latents[i])}
-        own["seed"] = run.settings.seed if run.habits.one_generator else run.settings.seed + i
-        if pictures:
-            own["pixels_sha256"] = receipts.picture_hash(pictures[i])
-        receipts_made.append(copy.deepcopy({**common, **own}))
-    return Result(pictures, latents, receipts_made)
-
-
-def _receipt(run: Run, task: str, grid: Grid | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """What the receipts of all images of a run have in common."""
-    settings = dataclasses.asdict(run.settings)
-    del settings["decode"], settings["batch_size"]
-    if run.habits.one_generator:  # an image depends on all that were made with it
-        settings["prompts"] = run.prompts[:: settings["num_images"]]
-    else:
-        del settings["num_images"]
-    weight = run.components.unet.conv_in.weight
-    modules = {kind: getattr(run.components, kind) for kind in REQUIRED}
-    model = {"name": run.components.name, "fingerprint": receipts.fingerprint(modules)}
-    walked = {
-        "calls": run.sampler.calls(grid) if grid else 0,
-        "first_t": grid.steps[0].t if grid else None,
-        "start_sigma": grid.start_sigma if grid else None,
-    }
-    return {
-        "format": receipts.FORMAT,
-        "task": task,
-        "width": run.size[0],
-        "height": run.size[1],
-        **settings,
-        **fields,
-        "grid": walked,
-        "model": model,
-        "tokenizer": run.components.tokenizer.style,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-        "versions": receipts.versions(),
-    }
 
 
 def _answering(after_step: AfterStep) -> AfterStep:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.diffusion.conventions import CONVENTIONS, IN_SIGMA, SPACINGS
-from ldm.samplers import find
+from ldm.samplers import find, plain
 
 DRAWN_BELOW = 2**32  # a drawn seed is short enough to be noted down
 SEEDS_BELOW = 2**64  # what torch's generators take
@@ -25,7 +25,7 @@ class Settings:
     """What a run is made with.
 
     negative_prompt: what the prompt is contrasted with.
-    steps: of the sampler, 1 to the schedule's 1000.
+    steps: of the sampler, 1 to the schedule's 1000 (some conventions have no grid for some of them, and say so).
     guidance_scale: 0 and up. 1 is the prompt alone, 0 the negative prompt alone.
     guidance_interval: (lowest, highest) timestep at which guidance acts, all of them by default.
     sampler: any spelling that `ldm.samplers.find` knows; "... Karras" and "... Exponential" also set the spacing.
@@ -59,10 +59,10 @@ def checked(fields: dict[str, Any]) -> Settings:
     names = [field.name for field in dataclasses.fields(Settings)]
     for name in fields:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(name.removeprefix("num_inference_"), names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
             raise ValueError(f"unknown setting {name!r}; {hint}")
-    asked = Settings(**fields)
+    asked = Settings(**{name: _lower(value) if name in ("spacing", "convention") else value for name, value in fields.items()})
     _check_text("negative_prompt", asked.negative_prompt)
     _check_whole("steps", asked.steps, 1)
     _check_number("guidance_scale", asked.guidance_scale, 0, math.inf)
@@ -118,13 +118,18 @@ def check_prompts(prompt: Any) -> list[str]:
 def _sampler(asked: Settings) -> tuple[str, str | None]:
     """The sampler's NAME and the spacing: web interfaces name both at once, as in "Euler a Karras"."""
     _check_text("sampler", asked.sampler)
-    words = asked.sampler.strip().split(" ")
-    last = words[-1].lower()
-    if len(words) > 1 and last in IN_SIGMA:
-        if asked.spacing not in (None, last):
-            raise ValueError(f"sampler {asked.sampler!r} with spacing {asked.spacing!r}; name one spacing, not two")
-        return find(" ".join(words[:-1])).NAME, last
+    spelling = plain(asked.sampler)
+    for spacing in IN_SIGMA:
+        base = spelling.removesuffix(spacing)
+        if base and base != spelling:
+            if asked.spacing not in (None, spacing):
+                raise ValueError(f"sampler {asked.sampler!r} with spacing {asked.spacing!r}; name one spacing, not two")
+            return find(base).NAME, spacing
     return find(asked.sampler).NAME, asked.spacing
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _seed(asked: Settings) -> int:

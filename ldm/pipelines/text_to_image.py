@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ldm.checkpoint import Components
 from ldm.diffusion.sampling import AfterStep, keep
-from ldm.pipelines.run import Result, check_noise, check_plain, finish, prepare
+from ldm.pipelines.result import Result, finish
+from ldm.pipelines.run import check_noise, check_plain, prepare
 
 
 @torch.no_grad()

@@ -26,12 +26,13 @@ def find(spelling: str) -> ModuleType:
 
     Raises ValueError naming every sampler.
     """
-    wanted = _plain(spelling)
+    wanted = plain(spelling)
     for module in all_samplers().values():
-        if wanted in map(_plain, (module.NAME, *module.SPELLINGS)):
+        if wanted in map(plain, (module.NAME, *module.SPELLINGS)):
             return module
     raise ValueError(f"sampler {spelling!r}; expected one of {', '.join(sorted(all_samplers()))}")
 
 
-def _plain(spelling: str) -> str:
+def plain(spelling: str) -> str:
+    """What `find` compares."""
     return "".join(c for c in spelling.lower() if c not in " -_")

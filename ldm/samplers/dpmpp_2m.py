@@ -12,7 +12,7 @@ from ldm.diffusion.grid import Grid, lam, noise_std, signal
 from ldm.diffusion.sampling import AfterStep, Info, Model, Noise, keep, predict_x0
 
 NAME = "dpmpp_2m"
-SPELLINGS = ("DPM++ 2M", "DPM++ 2M Karras", "k_dpmpp_2m", "DPMSolverMultistepScheduler", "sample_dpmpp_2m", "dpm_solver++")
+SPELLINGS = ("DPM++ 2M", "k_dpmpp_2m", "DPMSolverMultistepScheduler", "sample_dpmpp_2m", "dpm_solver++")
 PAPER = "arXiv:2211.01095"
 ORDER = 2
 STOCHASTIC = False

@@ -11,7 +11,7 @@ from ldm.diffusion.grid import Grid, lam, noise_std, signal
 from ldm.diffusion.sampling import AfterStep, Info, Model, Noise, keep, predict_x0
 
 NAME = "dpmpp_2m_sde"
-SPELLINGS = ("DPM++ 2M SDE", "DPM++ 2M SDE Karras", "k_dpmpp_2m_sde", "sample_dpmpp_2m_sde", "sde-dpmsolver++")
+SPELLINGS = ("DPM++ 2M SDE", "k_dpmpp_2m_sde", "sample_dpmpp_2m_sde", "sde-dpmsolver++")
 PAPER = "arXiv:2211.01095"
 ORDER = 1
 STOCHASTIC = True

@@ -261,8 +261,8 @@ def test_a_preview_shows_the_first_picture_on_its_way(command, tmp_path, monkeyp
     monkeypatch.setattr(files, "save_as", lambda image, receipt, path: written.append((np.array(image), receipt, path)))
     words = ("txt2img", PROMPT, "-W", "32", "-H", "24", "--steps", "5", "-q", "--seed", "1", "--num-images", "2")
     done = command(*words, "--preview", tmp_path / "preview.png", "--preview-every", "2", "--sampler", "euler")
-    assert [(receipt, path) for _, receipt, path in written] == [(None, str(tmp_path / "preview.png"))] * 2
-    first, second = (image for image, _, _ in written)
+    assert [(receipt, path) for _, receipt, path in written] == [(None, str(tmp_path / "preview.png"))] * 3  # and the last
+    first, second, _ = (image for image, _, _ in written)
     assert first.shape == second.shape == (24, 32, 3) and not np.array_equal(first, second)
     to_go = [np.abs(image.astype(int) - done.pictures[0]).mean() for image in (first, second)]
     assert to_go[1] < to_go[0]

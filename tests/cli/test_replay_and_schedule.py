@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import PngImagePlugin
 
@@ -46,21 +45,26 @@ def tampered(path: Path, target: Path) -> Path:
 )
 def test_a_picture_is_made_again_and_found_the_same(command, tmp_path, words):
     made = command("txt2img", PROMPT, *SMALL, *words).paths[-1]
-    assert command("replay", made, "-q") == Done(0, "the same, pixel for pixel\n", "")
     again = command("replay", made, "-q", "--out", tmp_path / "again")
     copy, verdict = again.out.splitlines()
-    assert verdict == "the same, pixel for pixel" and Path(copy).parent == tmp_path / "again"
-    alone = ("index", "latents_sha256")  # in which a batch's picture differs from the same made alone, the latter by rounding
+    assert again.status == 0 and Path(copy).parent == tmp_path / "again"
+    alone = ("index", "batch", "latents_sha256", "pixels_sha256")  # in which a batch's picture may differ from one made alone
     first, second = ({k: v for k, v in files.read_receipt(path).items() if k not in alone} for path in (made, copy))
     assert first == second
-    assert np.array_equal(np.array(images.read(copy)), np.array(images.read(made)))
+    farthest, _ = images.difference(images.read(copy), images.read(made))
+    batch = files.read_receipt(made)["batch"]
+    if batch == files.read_receipt(copy)["batch"]:
+        assert (farthest, verdict, again.err) == (0, "the same, pixel for pixel", "")
+    else:
+        assert farthest <= 1 and verdict.startswith("the same")
+        assert again.err in ("", f"ldm: warning: batch was {batch}, is 1\n")
 
 
 @pytest.mark.parametrize("strength", ["0", "0.5", "1"])
 def test_a_picture_made_from_another_needs_that_one_again(command, tmp_path, picture, mask, strength):
     made = command("img2img", PROMPT, "--image", picture, "--steps", "2", "--strength", strength, "-q").paths[0]
     assert command("replay", made, "--image", picture, "-q").out == "the same, pixel for pixel\n"
-    refused(command("replay", made, "-q"), tmp_path, "the picture was made from another; give it as image", there=1)
+    refused(command("replay", made, "-q"), tmp_path, "the picture was made with an image; give that as image too", there=1)
     wrong = "the image given is not the one that the picture was made from"
     refused(command("replay", made, "--image", tampered_copy(picture), "-q"), tmp_path, wrong, there=1)
 
@@ -77,7 +81,7 @@ def test_an_inpainted_picture_needs_its_mask_again(command, tmp_path, picture, m
     assert command("replay", made, "--image", picture, "--mask", mask, "-q").status == 0
     wrong = "the mask given is not the one that the picture was made from"
     refused(command("replay", made, "--image", picture, "--mask", tampered_copy(mask), "-q"), tmp_path, wrong, there=1)
-    refused(command("replay", made, "--image", picture, "-q"), tmp_path, "give it as mask", there=1)
+    refused(command("replay", made, "--image", picture, "-q"), tmp_path, "was made with a mask; give that as mask too", there=1)
     made = command("inpaint", PROMPT, "--image", picture, "--mask", mask, "--invert-mask", "--steps", "2", "-q").paths[0]
     assert command("replay", made, "--image", picture, "--mask", mask, "--invert-mask", "-q").status == 0
 
@@ -86,7 +90,7 @@ def test_a_picture_whose_pixels_were_edited_is_found_out(command, tmp_path):
     made = command("txt2img", PROMPT, *SMALL).paths[0]
     done = command("replay", tampered(made, tmp_path / "edited.png"), "-q")
     share = 3 / (24 * 32 * 3)
-    assert done == Done(3, f"not the same: {share:.2%} of the values differ, by at most 16 of 255\n", "")
+    assert done == Done(3, f"not the same: {share:.2g} of the values differ, by at most 16 of 255\n", "")
 
 
 def test_another_model_is_named_and_makes_another_picture(command, tmp_path, tiny_native):
@@ -95,9 +99,9 @@ def test_another_model_is_named_and_makes_another_picture(command, tmp_path, tin
     receipt["model"] = {"name": "other", "fingerprint": "0" * 16}
     forged = files.save_as(images.read(made), receipt, tmp_path / "forged.png")
     done = command("replay", forged, "-q")
-    assert done.out == "the same, pixel for pixel\n" and one_line(done.err[:-1]).startswith("ldm: warning: model: ")
+    assert (done.out, done.err) == ("the same, pixel for pixel\n", "")  # what counts is the picture
     done = command("replay", made, "-q", "--dtype", "bfloat16")
-    assert done.status == 3 and "ldm: warning: dtype: float32 then, bfloat16 now\n" in done.err
+    assert done.status == 3 and done.err == "ldm: warning: dtype was float32, is bfloat16\n"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,10 @@ def test_a_schedule_that_misses_some_noise_is_warned_of(command):
     done = command("schedule", "--spacing", "leading", "--steps", "25")
     assert done.status == 0 and len(done.out.splitlines()) == 27
     message = one_line(done.err[:-1])
-    assert message.startswith("ldm: warning: begins at t = 961, sigma 11.68 of 14.61") and "trained to 0.47%" in message
+    assert (
+        message.startswith("ldm: warning: begins at t = 961, sigma 11.68 of 14.61")
+        and "--spacing trailing or tapered begins at the top" in message
+    )
     assert one_line(command("schedule", "--convention", "compvis", "--steps", "600").err[:-1]).startswith("ldm: ")
 
 
@@ -231,7 +238,7 @@ def test_the_defaults_in_the_help_are_those_of_the_settings(task):
 @pytest.mark.parametrize("task", ["img2img", "inpaint"])
 def test_the_default_strength_in_the_help_is_the_functions(task):
     defaults = inspect.signature(getattr(ldm, task)).parameters
-    assert f"1 (all noise); default {defaults['strength'].default:g}" in help_of(task)
+    assert f"1 (begun with noise alone); default {defaults['strength'].default:g}" in help_of(task)
     assert f"(default {defaults['posterior'].default})" in help_of(task)
 
 

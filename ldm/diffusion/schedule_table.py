@@ -40,8 +40,9 @@ def uncovered(grid: Grid, schedule: ScheduleConfig) -> str | None:
         return None
     assumed, trained = signal(first.sigma) ** 2, signal(noisiest) ** 2
     return (
-        f"begins at t = {first.t:g}, sigma {first.sigma:.4g} of {noisiest:.4g}: noise alone is taken for noise with "
-        f"{assumed:.2%} of an image's variance in it (trained to {trained:.2%})"
+        f"begins at t = {first.t:g}, sigma {first.sigma:.4g} of {noisiest:.4g}: the noise that a run begins with is taken for "
+        f"an image of {assumed:.2%} of its variance ({trained:.2%} is what training went down to); "
+        "--spacing trailing or tapered begins at the top"
     )
 
 

@@ -7,8 +7,7 @@ from ldm.diffusion.conventions import CONVENTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
-    """Ours by default. Draws are in float32 always, where diffusers draws in the model's own type (the same but for rounding,
-    except in float64); and strength 0 is the clean image always, where CompVis adds the noise of its first level.
+    """What an implementation does beside sampling. Ours by default.
 
     one_generator: one generator draws for all images at once, instead of one for each image with a seed of its own.
     one_posterior: the autoencoder's draw for the image to start from is made once for all images.
@@ -21,6 +20,9 @@ class Habits:
     blend_end: at the end as well, without noise. blend_fresh: with new noise each time, not always the same.
     hidden_draw: a draw is spent on encoding the image without its hidden part, though the model does not see it.
     step_draws: noise is drawn at every step, though a deterministic sampler does not use it.
+
+    Not followed: draws are in float32 always, where diffusers draws in the model's type (alike but for rounding, except in
+    float64); and strength 0 is the image without noise always, where CompVis adds that of its first level.
     """
 
     one_generator: bool = False
