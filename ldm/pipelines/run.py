@@ -123,8 +123,6 @@ def prepare(
     components: Components, prompt: str | list[str], size: tuple[int | None, int | None], fields: dict[str, Any]
 ) -> Run:
     """Check every field, encode the prompts and lay the grid. Raises ValueError, one line, before anything is drawn."""
-    if not isinstance(components, Components):
-        raise ValueError(f"components is a {type(components).__name__}; expected what ldm.load returns")
     settings, prompts = checked(fields), check_prompts(prompt)
     usual = components.unet.config.sample_size * components.autoencoder.config.downsampling
     multiple = components.autoencoder.config.downsampling
@@ -158,7 +156,9 @@ def prepare(
 
 
 def sees_mask(components: Components) -> bool:
-    """Whether the UNet was trained for inpainting. Raises ValueError where it takes neither kind of input."""
+    """Whether the UNet was trained for inpainting. Raises ValueError where it takes neither kind of input, or is no model."""
+    if not isinstance(components, Components):
+        raise ValueError(f"components is a {type(components).__name__}; expected what ldm.load returns")
     latents, inputs = components.autoencoder.config.latent_channels, components.unet.config.in_channels
     if inputs not in (latents, 2 * latents + 1):
         raise ValueError(f"the UNet takes {inputs} channels; expected {latents}, or {2 * latents + 1} of an inpainting model")
