@@ -153,7 +153,7 @@ def image_pipeline(tiny_diffusers):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "euler_ancestral", "heun", "lms", "dpmpp_2m", "unipc"])
 def test_image_to_image_is_diffusers(image_pipeline, components, picture, sampler, strength):
     expected = use(image_pipeline, sampler)(
         PROMPT,

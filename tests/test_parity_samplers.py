@@ -93,11 +93,12 @@ def exact(scheduler, grid, schedule=SCHEDULE):
 @contextmanager
 def default_float64():
     """Whole numbers times fractions become float64 rather than float32."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
 
 
 def their_run(name, scheduler, timesteps, x, seed=0, **options):
@@ -210,9 +211,8 @@ def test_every_step_of_ddim_with_eta_1_is_diffusers(steps):
     compare("ddim", steps, eta=1.0)
 
 
-# Not LMS: begun in the middle, diffusers' gives its one evaluation the weight it would have among four.
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "lms", "dpmpp_2m", "unipc"])
 def test_every_step_of_image_to_image_is_diffusers(name, strength):
     compare(name, 50, strength=strength)
 

@@ -255,6 +255,12 @@ def test_image_to_image_starts_at_the_level_to_which_the_image_was_noised():
         from_image(make_grid(SCHEDULE, 50, "ddim"), 1.5, "ddim")
 
 
+def test_lms_as_diffusers_begins_it_in_the_middle_is_farther_from_the_truth():
+    whole = make_grid(SCHEDULE, 50, "lms", convention="diffusers")
+    theirs = from_image(whole, 0.5, "lms", convention="diffusers")
+    assert error("lms", 50, grid=conventions.last_steps(whole, 25)) < 0.1 * error("lms", 50, grid=theirs)
+
+
 def test_diffusers_pndm_begins_image_to_image_a_step_early_and_then_runs_ahead():
     whole = make_grid(SCHEDULE, 50, "pndm", convention="diffusers")
     theirs = from_image(whole, 0.8, "pndm", convention="diffusers")

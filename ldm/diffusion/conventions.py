@@ -9,8 +9,8 @@ holds what each does, proven against it; "ldm" is our own, right for every numbe
     kdiffusion  crowsonkb/k-diffusion
     compvis     CompVis/stable-diffusion
 
-Two things of diffusers are not reproduced, as they are mistakes that nobody would ask for: its LMS begun in the middle of a
-grid gives its only evaluation the weight it would have among four; its PNDM combines v-predictions of different levels.
+One thing of diffusers is not reproduced, as its mistake is not in the grid: its PNDM combines v-predictions of different
+levels.
 """
 
 import math
@@ -45,6 +45,14 @@ def last_steps_of_plms_list(grid: Grid, count: int) -> Grid:
         return replace(grid, steps=(told, *grid.steps[2:]), start_sigma=second.sigma, trial=second)
     steps = (grid.steps[cut - 1], *grid.steps[cut + 1 :])
     return replace(grid, steps=steps, start_sigma=steps[0].sigma)
+
+
+def last_steps_of_four_levels(grid: Grid, count: int) -> Grid:
+    """diffusers' LMS: begun in the middle, it gives its first evaluations the weights they would have after others, which
+    there are not, so that the weights of the first three steps do not sum to 1."""
+    cut = len(grid) - count
+    before = tuple(step.sigma for step in reversed(grid.steps[:cut]))
+    return replace(last_steps(grid, count), unseen=before)
 
 
 def last_steps_from_one_above(grid: Grid, count: int) -> Grid:
@@ -92,7 +100,8 @@ CONVENTIONS: dict[str, dict[str, GridSpec]] = {
     "diffusers": {
         "pndm": replace(_LEADING, cut=last_steps_of_plms_list),
         "ddim": _LEADING,
-        **dict.fromkeys(("euler", "euler_ancestral", "heun", "lms"), _EULER),
+        **dict.fromkeys(("euler", "euler_ancestral", "heun"), _EULER),
+        "lms": replace(_EULER, cut=last_steps_of_four_levels),
         **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc"), _SOLVER),
         "ddpm": replace(_LEADING, end="none"),
         "lcm": _LCM,

@@ -28,13 +28,16 @@ class Step:
 class Grid:
     """All steps of a run, and how it begins: with `noise_scale` times N(0, 1), or with an image noised to `start_sigma`.
 
-    `trial` is the step by which a sampler that takes its first step twice looks ahead, where it is another than the first.
+    Two fields are for what implementations do that begin in the middle of a grid, and are empty otherwise: `trial`, the step
+    by which PNDM looks ahead, where that is not its first step; `unseen`, the levels before the first, nearest first, at
+    which LMS behaves as if it had asked the network.
     """
 
     steps: tuple[Step, ...]
     noise_scale: float = 1.0
     start_sigma: float
     trial: Step | None = None
+    unseen: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -30,8 +30,9 @@ def sample(model: Model, x: Tensor, grid: Grid, *, noise: Noise, after_step: Aft
         eps = model(x, step.t)
         x0 = predict_x0(x, eps, step.sigma)
         history = [(step.sigma, eps), *history[: HISTORY - 1]]
-        weights = adams_bashforth([sigma for sigma, _ in history], step.sigma, step.next_sigma)
-        slope = sum(weight * past for weight, (_, past) in zip(weights, history, strict=True))
+        nodes = [*(sigma for sigma, _ in history), *grid.unseen][:HISTORY]
+        weights = adams_bashforth(nodes, step.sigma, step.next_sigma)
+        slope = sum(weight * past for weight, (_, past) in zip(weights, history, strict=False))  # of unseen levels: nothing
         x = move(x, slope, step.sigma, step.next_sigma)
         x = after_step(x, Info(index=i, count=len(grid), step=step, eps=eps, x0=x0))
     return x
