@@ -33,6 +33,8 @@ class Result:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write every picture as a PNG with its receipt, under the next free numbers of `folder`; the paths."""
+        if not self.images:
+            raise ValueError("there are no pictures to save, since decode was off; see ldm.pictures")
         return [files.save(picture, receipt, folder) for picture, receipt in zip(self.images, self.receipts, strict=True)]
 
 
