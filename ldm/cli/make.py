@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import options
+from ldm.cli.progress import Progress
 
 EPILOG = "Prints the path of every picture as it is written. The seed, progress and warnings go to standard error."
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     whole = HABITS[given.convention].one_generator
     portions = len(prompts) if whole else -(-total // given.batch_size)
     _warn_of_cut_off(components, [*prompts, given.negative_prompt])
-    with _Progress(args, components, portions, drawn) as progress:
+    with Progress(args, components, portions, drawn) as progress:
         try:
             for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
                 progress.describe(made, total)
@@ -227,58 +227,3 @@ def _warn_of_cut_off(components: Any, prompts: list[str]) -> None:
     for cut_off in dict.fromkeys(components.tokenizer(prompts).cut_off):
         if cut_off:
             options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}")
-
-
-class _Progress:
-    """One bar over all steps of all portions, with the time left; and the preview.
-
-    Nothing shows before the first step, so that what is still refused is refused in one line. drawn: a seed to show then.
-    """
-
-    def __init__(self, args: argparse.Namespace, components: Any, portions: int, drawn: int | None):
-        self.args, self.components, self.portions, self.drawn = args, components, portions, drawn
-        self.bar, self.text, self.begun = None, "", time.time()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def describe(self, made: int, total: int) -> None:
-        self.text = f"picture {made + 1} of {total}"
-        if self.bar is not None:
-            self.bar.set_description(self.text)
-
-    def write(self, path: Path) -> None:
-        self._show()
-        self.bar.clear()
-        print(path, flush=True)
-        self.bar.refresh()
-
-    def after_step(self, x: Any, info: Any) -> Any:
-        self._show()
-        self.bar.total = info.count * self.portions
-        self.bar.update()
-        turn = (info.index + 1) % self.args.preview_every == 0 or info.index + 1 == info.count
-        if self.args.preview is not None and turn:
-            self._preview(info.x0[:1])
-        return x
-
-    def _show(self) -> None:
-        if self.bar is not None:
-            return
-        from tqdm import tqdm
-
-        if self.drawn is not None:
-            print(f"seed {self.drawn}", file=sys.stderr)
-        self.bar = tqdm(desc=self.text, unit="step", disable=self.args.quiet, file=sys.stderr)
-        self.bar.start_t = self.begun
-
-    def _preview(self, x0: Any) -> None:
-        from ldm.output import files
-        from ldm.pipelines.autoencoding import pictures
-
-        (picture,) = pictures(self.components, x0, self.args.tile)
-        files.save_as(picture, None, self.args.preview)
