@@ -6,6 +6,7 @@ timesteps and (float32) sigmas are compared as they are.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 from ldm.diffusion.conventions import from_image, make_grid
 from ldm.diffusion.grid import noise_std, signal
 from ldm.diffusion.guidance import eps_from_v, levels_of
+from ldm.diffusion.sampling import noised
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar, betas
+from ldm.pipelines.habits import HABITS
+from ldm.pipelines.inpaint import Blend
 from ldm.samplers import all_samplers
 from tests.measure import relative_error
 
@@ -101,20 +105,28 @@ def default_float64():
         torch.set_default_dtype(before)
 
 
-def their_run(name, scheduler, timesteps, x, seed=0, **options):
-    """x after every step over `timesteps`, all of the scheduler's or the last of them, as the pipelines walk them."""
+def their_run(name, scheduler, timesteps, x, seed=0, known=None, **options):
+    """x after every step over `timesteps`, all of the scheduler's or the last of them, as the pipelines walk them.
+
+    known: latents, noise and mask, to be put back after each step as their inpainting pipeline does.
+    """
     generator, trace = torch.Generator().manual_seed(seed), []
     if name in ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"):
         options["generator"] = generator
-    for t in timesteps:
+    for i, t in enumerate(timesteps):
         with mock.patch("torch.float32", torch.float64), default_float64():
             eps = network(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(eps, t, x, **options, return_dict=False)[0]
+            if known is not None:
+                latents, noise, hidden = known
+                if i < len(timesteps) - 1:
+                    latents = scheduler.add_noise(latents, noise, timesteps[i + 1 : i + 2])
+                x = (1 - hidden) * latents + hidden * x
         trace.append(x)
     return trace
 
 
-def our_run(name, grid, x, prediction="epsilon", seed=0, **options):
+def our_run(name, grid, x, prediction="epsilon", seed=0, known=None, **options):
     generator, trace, levels = torch.Generator().manual_seed(seed), [], levels_of(grid)
 
     def model(x, t):
@@ -127,7 +139,13 @@ def our_run(name, grid, x, prediction="epsilon", seed=0, **options):
         trace.append(x)
         return x
 
-    all_samplers()[name].sample(model, x, grid, noise=noise, after_step=keep, **options)
+    hook = keep
+    if known is not None:
+        latents, start, hidden = known
+        run = SimpleNamespace(habits=HABITS["diffusers"])
+        blend = Blend(run, None, grid, hidden, latents, start)
+        model, hook, x = blend.before(model), blend.then(keep), blend.at_start(x)
+    all_samplers()[name].sample(model, x, grid, noise=noise, after_step=hook, **options)
     return trace
 
 
@@ -141,7 +159,7 @@ def in_our_units(name, trace, grid):
     return [x * s for x, s in zip(trace, scale, strict=True)]
 
 
-def compare(name, steps, *, spacing=None, strength=None, schedule=SCHEDULE, **options):
+def compare(name, steps, *, spacing=None, strength=None, schedule=SCHEDULE, inpaint=False, **options):
     grid = make_grid(schedule, steps, name, convention="diffusers", spacing=spacing)
     scheduler = peer(name, schedule, spacing)
     scheduler.set_timesteps(steps)
@@ -156,6 +174,13 @@ def compare(name, steps, *, spacing=None, strength=None, schedule=SCHEDULE, **op
         grid = from_image(grid, strength, name, convention="diffusers")
         assert timesteps[0] == pytest.approx(grid.steps[0].t, abs=1e-3)
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    if inpaint:
+        latents = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+        hidden = torch.zeros(1, 1, *SHAPE[2:], dtype=torch.float64)
+        hidden[..., 1:4, 2:6] = 1
+        options["known"] = latents, x, hidden
+    if inpaint and strength is not None:
+        x = noised(latents, x, grid.start_sigma)
     x = x * (grid.noise_scale if strength is None else 1.0)
     start = x / signal(grid.steps[0].sigma) if name in DATA_UNITS else x
     if strength is None:
@@ -173,7 +198,7 @@ def test_every_step_is_diffusers(name, steps):
     compare(name, steps)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 7, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
 @pytest.mark.parametrize("name", KARRAS)
 def test_every_step_is_diffusers_on_karras_sigmas(name, steps):
     compare(name, steps, spacing="karras")
@@ -211,10 +236,21 @@ def test_every_step_of_ddim_with_eta_1_is_diffusers(steps):
     compare("ddim", steps, eta=1.0)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "lms", "dpmpp_2m", "unipc"])
-def test_every_step_of_image_to_image_is_diffusers(name, strength):
-    compare(name, 50, strength=strength)
+FROM_IMAGE = ["ddim", "pndm", "euler", "heun", "lms", "dpmpp_2m", "unipc"]
+RUNS = [(steps, strength) for steps in (1, 2, 3, 7, 20, 50) for strength in (0.3, 0.8, 1.0) if int(steps * strength) > 0]
+
+
+@pytest.mark.parametrize(("steps", "strength"), RUNS)
+@pytest.mark.parametrize("name", FROM_IMAGE)
+def test_every_step_of_image_to_image_is_diffusers(name, steps, strength):
+    compare(name, steps, strength=strength)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(7, None), (50, None), (3, 0.8), (7, 0.3), (20, 0.8), (50, 0.8)])
+@pytest.mark.parametrize("name", FROM_IMAGE)
+def test_every_step_of_inpainting_is_diffusers(name, steps, strength):
+    """From noise alone, and from the image noised part of the way; the known part is put back after each step."""
+    compare(name, steps, strength=strength, inpaint=True)
 
 
 # DDIM and PNDM round the linspace grid; ours asks the network between timesteps.

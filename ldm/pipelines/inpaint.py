@@ -78,7 +78,7 @@ def inpaint(
         else:
             if run.habits.hidden_draw and posterior == "sample":
                 batch.draws.posterior(run.latent_shape)
-            blend = _Blend(run, batch, grid, hidden, known, start)
+            blend = Blend(run, batch, grid, hidden, known, start)
             parts.append(run.sample(batch, blend.at_start(x), grid, blend.then(after_step), wrap=blend.before))
     fields = {
         "strength": strength,
@@ -101,7 +101,7 @@ def _beside(hidden: Tensor, visible: Tensor) -> Widen:
     return widen
 
 
-class _Blend:
+class Blend:
     """Puts the known part back into x, noised to the level that x has."""
 
     def __init__(self, run: Run, batch: Batch, grid: Grid, hidden: Tensor, known: Tensor, noise: Tensor):
