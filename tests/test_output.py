@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import struct
 import tempfile
 import time
@@ -466,3 +467,24 @@ def test_a_tensors_hash_is_of_its_values_and_its_shape_alone():
     x = seeded.tensor("x", 2, 3, 4)
     assert receipts.tensor_hash(x) == receipts.tensor_hash(x.double()) == receipts.tensor_hash(x.mT.contiguous().mT)
     assert len({receipts.tensor_hash(y) for y in (x, x.mT, x.reshape(3, 2, 4), x + 1e-6)}) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["mkstemp", "fsync", "link", "unlink"])
+def test_a_signal_in_the_middle_of_writing_waits_until_the_file_is_whole(tmp_path, monkeypatch, number, moment):
+    """It comes through afterwards, to whom it was meant for."""
+    home = tempfile if moment == "mkstemp" else os
+    original, heard = getattr(home, moment), []
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(number)
+        return original(*arguments, **options)
+
+    before = signal.signal(number, lambda *_: heard.append(sorted(path.name for path in tmp_path.iterdir())))
+    try:
+        monkeypatch.setattr(home, moment, interrupted)
+        path = files.save(PICTURE, receipt(seed=5), tmp_path)
+        monkeypatch.undo()
+    finally:
+        signal.signal(number, before)
+    assert heard == [["00000-5.png"]] and files.read_receipt(path)["seed"] == 5

@@ -2,8 +2,11 @@
 
 import os
 import re
+import signal
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ NUMBERED = re.compile(r"(\d{5,})(-.*)?\.png")
 def save(image: Image.Image, receipt: Mapping[str, Any], folder: str | Path) -> Path:
     """Write the picture into `folder` under the next free number and its seed, as in 00007-1234.png, and return the path."""
     folder = Path(folder)
-    with _Partial(image, receipt, folder) as partial:
+    with _uninterrupted(), _Partial(image, receipt, folder) as partial:
         number = _next_number(folder)
         while True:
             path = folder / f"{number:05}-{receipt['seed']}.png"
@@ -36,7 +39,7 @@ def save(image: Image.Image, receipt: Mapping[str, Any], folder: str | Path) -> 
 def save_as(image: Image.Image, receipt: Mapping[str, Any] | None, path: str | Path) -> Path:
     """Write the picture under this very name, over what was there; without a receipt where there is none yet."""
     path = Path(path)
-    with _Partial(image, receipt, path.parent) as partial:
+    with _uninterrupted(), _Partial(image, receipt, path.parent) as partial:
         os.replace(partial, path)
     return path
 
@@ -53,6 +56,30 @@ def read_receipt(path: str | Path) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError(f"{path}: carries no receipt; expected a PNG written by ldm and not saved anew by another program")
     return receipts.from_json(text, str(path))
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the file is whole and its hidden name gone: Python lets them in anywhere, also between
+    making a file and taking note of it."""
+    if threading.current_thread() is not threading.main_thread():  # where signals are not delivered, nor may be held up
+        yield
+        return
+    waiting = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in before.items() if handler is not None}
+    for number in held:
+        signal.signal(number, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for number, frame in waiting:
+            if callable(held[number]):
+                held[number](number, frame)
+            else:
+                signal.raise_signal(number)
 
 
 class _Partial:
