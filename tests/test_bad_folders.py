@@ -85,6 +85,7 @@ def test_a_file_that_holds_no_json_object_is_refused(diffusers, where, content):
         ("unet/config.json", {"down_block_types": [[]]}, "down_block_types is [[]]; expected a list of names"),
         ("unet/config.json", {"down_block_types": ["SimpleCrossAttnDownBlock2D"]}, "has 'SimpleCrossAttnDownBlock2D'"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D"]}, "expected the way down mirrored"),
+        ("unet/config.json", {"sample_size": [None, None]}, "sample_size is [None, None]; expected something like 64"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1; Stable Diffusion v1 has None"),
         ("vae/config.json", {"down_block_types": 5}, "down_block_types is 5; expected a list of names"),
         ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor is nan; expected something like 0.18215"),

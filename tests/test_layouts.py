@@ -243,3 +243,12 @@ def test_the_command_converts_and_says_what_it_did(tiny_native, tmp_path):
     assert next(iter(tensors_of(target).values())).dtype == torch.bfloat16
     again = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [(32, 32), ([48, 64], 64), (None, 64)])
+def test_the_size_a_model_was_trained_at_is_read(tmp_path, tiny_native, given, expected):
+    folder = tmp_path / "d"
+    weights_convert.write(weights_convert.read(tiny_native), folder, "diffusers")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": given}))
+    assert ldm.load(folder).unet.config.sample_size == expected

@@ -111,8 +111,9 @@ def _unet(config: Mapping[str, Any], where: Path) -> UNet:
     heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
     attention = [name == "CrossAttnDownBlock2D" for name in down]
     fields = {**_renamed(UNet, config), "attention_levels": attention, "heads": config.get(heads) or 8}
-    if isinstance(fields.get("sample_size"), list):  # height and width
-        fields["sample_size"] = max(fields["sample_size"], default=64)
+    size = fields.get("sample_size")
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):  # height and width
+        fields["sample_size"] = max(size)
     return from_json(UNet, fields, str(where), {**FIELDS[UNet], "attention_levels": "down_block_types", "heads": heads})
 
 
