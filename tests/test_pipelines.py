@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import ldm
+from ldm.diffusion.conventions import CONVENTIONS
 from ldm.diffusion.grid import noise_std, signal
 from ldm.diffusion.guidance import guided
 from ldm.images import difference, to_images, to_tensor
@@ -122,6 +123,10 @@ def test_a_run_leaves_torchs_own_generator_and_the_weights_alone(model):
     ldm.txt2img(model, PROMPT, sampler="Euler a", **SMALL)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.unet.state_dict().items())
+
+
+def test_every_convention_of_grids_has_habits():
+    assert set(HABITS) == set(CONVENTIONS)
 
 
 def test_conventions_say_who_draws():

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         print(schedule_table.table(grid, sampler))
     lost = schedule_table.uncovered(grid, schedule) if args.strength in (None, 1.0) else None
     if lost is not None:
-        options.warn(lost)
+        options.warn(f"{lost}; --spacing trailing or tapered begins at the top")
 
 
 def _schedule(source: str | None) -> Any:

@@ -40,9 +40,8 @@ def uncovered(grid: Grid, schedule: ScheduleConfig) -> str | None:
         return None
     assumed, trained = signal(first.sigma) ** 2, signal(noisiest) ** 2
     return (
-        f"begins at t = {first.t:g}, sigma {first.sigma:.4g} of {noisiest:.4g}: the noise that a run begins with is taken for "
-        f"an image of {assumed:.2%} of its variance ({trained:.2%} is what training went down to); "
-        "--spacing trailing or tapered begins at the top"
+        f"begins at t = {first.t:g}, sigma {first.sigma:.4g} of {noisiest:.4g}: the network will take {assumed:.2%} of the "
+        f"variance of the noise for an image's, where training went down to {trained:.2%}"
     )
 
 

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from ldm.diffusion.conventions import CONVENTIONS
-
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
@@ -59,4 +57,3 @@ HABITS = {
         step_draws=True,
     ),
 }
-assert set(HABITS) == set(CONVENTIONS)
