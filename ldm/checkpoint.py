@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import weights_convert
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder
 from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.presets import preset
@@ -31,9 +31,12 @@ MODULES = {
     "unet": (UNet, UNetConfig),
     "autoencoder": (Autoencoder, AutoencoderConfig),
     "safety": (SafetyChecker, SafetyConfig),
+    "image_encoder": (ImageEncoder, ImageConfig),
 }
+LOADED = ("text_encoder", "unet", "autoencoder", "safety")  # by `load`; the image encoder is for measuring, not for making
 REQUIRED = ("text_encoder", "unet", "autoencoder")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BUNDLED = "bundled"  # the name of the model that ships with the package
 RELEASE_EVERY = 64 << 20  # bytes converted between two releases of the mapped file
 
 
@@ -65,8 +68,9 @@ def load(
     ignore: Sequence[str] = (),
     tokenizer: str = "hf",
 ) -> Components:
-    """Load the model at `source`: a native folder, a diffusers folder, a CompVis `.ckpt`, a single-file `.safetensors`, or
-    "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION", a diffusers folder there (extra `hub`; nothing else uses the network).
+    """Load the model at `source`: a native folder, a diffusers folder, a CompVis `.ckpt`, a single-file `.safetensors`,
+    "bundled", the small model that ships with the package, or "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION", a diffusers
+    folder there (extra `hub`; nothing else uses the network).
 
     weights: "ema", "raw" or "auto" (EMA where there is), for a single file that holds both.
     variant: "fp16" for a diffusers folder's half-precision files, "" for the full ones, "auto" for the full ones if there.
@@ -84,7 +88,7 @@ def load(
         raise CheckpointError(f"{source}: holds {there} but no {' and no '.join(missing)}; a model needs {', '.join(REQUIRED)}")
     vocabulary = checkpoint.vocabulary or clip_vocabulary()
     _check_fit(checkpoint, len(vocabulary.tokens))
-    present = {kind: checkpoint.components[kind] for kind in MODULES if kind in checkpoint.components}
+    present = {kind: checkpoint.components[kind] for kind in LOADED if kind in checkpoint.components}
     modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
     return Components(
         tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length, tokenizer),
@@ -187,7 +191,9 @@ def _check_fit(checkpoint: weights_convert.Checkpoint, tokens: int) -> None:
 
 
 def _local(source: str | Path, variant: str) -> Path:
-    """The path of `source`, fetched first where it says "hub:"."""
+    """The path of `source`, fetched first where it says "hub:". A folder of one's own called bundled is "./bundled"."""
+    if str(source) == BUNDLED:
+        return bundled_folder()
     if str(source).startswith("hub:"):
         return _fetched(str(source), variant)
     path = Path(source).expanduser()
@@ -195,6 +201,11 @@ def _local(source: str | Path, variant: str) -> Path:
     if looks_like_a_hub_id and not os.path.exists(path):
         raise CheckpointError(f"{source}: there is no such file or folder; to fetch it from the hub, say hub:{source}")
     return path
+
+
+def bundled_folder() -> Path:
+    """Where the bundled model lies."""
+    return Path(__file__).resolve().parent / "assets" / BUNDLED
 
 
 def _fetched(source: str, variant: str) -> Path:

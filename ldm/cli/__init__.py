@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from ldm.cli import make, replay, schedule
+from ldm.cli import evaluate, make, replay, schedule, train
 
-COMMANDS = (make, replay, schedule)
+COMMANDS = (make, replay, schedule, train, evaluate)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ldm.models.attention import Attention
 
 NORM_EPS = 1e-5
+# Mean and deviation of the channels of the pictures that CLIP was trained on, in [0, 1].
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,12 @@ def pool(hidden: Tensor, ids: Tensor, end_token: int) -> Tensor:
     """
     first_end = (ids == end_token).int().argmax(dim=1)
     return hidden[torch.arange(len(hidden), device=hidden.device), first_end]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels (b, 3, h, w) in [0, 1] -> as the image tower takes them."""
+    mean, deviation = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (MEAN, DEVIATION))
+    return (pixels - mean) / deviation
 
 
 class ImageEncoder(nn.Module):

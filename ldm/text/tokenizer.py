@@ -54,6 +54,7 @@ class Tokenizer:
         """vocabulary: token -> id; merges: "left right" in order of rank. See `clip` for CLIP's own."""
         if style not in STYLES:
             raise ValueError(f"tokenizer style {style!r}; expected one of {', '.join(STYLES)}")
+        self.vocabulary, self.merges = vocabulary, merges
         self.length = length
         self.style = style
         self.start, self.end = vocabulary[START], vocabulary[END]
@@ -66,7 +67,7 @@ class Tokenizer:
     @classmethod
     def clip(cls, length: int = 77, style: str = "hf") -> "Tokenizer":
         """The tokenizer of CLIP and Stable Diffusion v1, from the merges that ship with the package."""
-        return cls(*_clip_vocabulary(), length, style)
+        return cls(*clip_vocabulary(), length, style)
 
     def __call__(self, prompts: str | Iterable[str]) -> Tokens:
         """Start mark, at most length - 2 tokens, end mark, end marks to fill: ids (b, length) and what was cut off."""
@@ -129,14 +130,14 @@ class _OpenAI:
     def _merge(self, word: str, start: int) -> list[Token]:
         if word in self._marks:
             return [Token(self._marks[word], start)]
-        letters = _byte_letters()
+        letters = byte_letters()
         raw = word.encode()
         merged = self._merger.tokenize("".join(letters[byte] for byte in raw))
         return [Token(t.id, start + len(raw[: t.offsets[0]].decode(errors="ignore"))) for t in merged]
 
 
 @lru_cache(maxsize=1)
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """A printable letter for each byte, in the order of their ids: printable bytes are themselves, the rest follow U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -144,10 +145,10 @@ def _byte_letters() -> dict[int, str]:
 
 
 @lru_cache(maxsize=1)
-def _clip_vocabulary() -> tuple[dict[str, int], tuple[str, ...]]:
+def clip_vocabulary() -> tuple[dict[str, int], tuple[str, ...]]:
     """256 bytes, 256 bytes that end a word, one token a merge, the two marks: 49,408 in all, and the merges."""
     compressed = (files("ldm") / "assets" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     merges = tuple(gzip.decompress(compressed).decode().split("\n")[1 : 1 + CLIP_MERGES])
-    letters = list(_byte_letters().values())
+    letters = list(byte_letters().values())
     words = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), START, END]
     return {word: i for i, word in enumerate(words)}, merges

@@ -1,0 +1,99 @@
+"""`ldm evaluate`: how good a model is. So far by composition: whether pictures show what their prompts say."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import options
+
+
+def add(commands: Any) -> None:
+    text = "how good a model is, in numbers"
+    command = commands.add_parser("evaluate", help=text, allow_abbrev=False, description=text.capitalize() + ".")
+    command.add_argument(
+        "--composition",
+        action="store_true",
+        required=True,
+        help="number, colours, shapes and relation of two solids, right or not by an independent judge",
+    )
+    command.add_argument("--count", type=int, default=500, metavar="N", help="prompts of each split (default 500)")
+    command.add_argument("--split", action="append", choices=("seen", "held_out"), help="one only (default: both)")
+    command.add_argument(
+        "--guidance-scale", "--scale", metavar="G", default="7.5", help="or several, as in 1,2,4 (default 7.5)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
+    command.add_argument("--judge", metavar="FILE", help="the judge's weights (default: the bundled one's)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    options.add_sampling(command)
+    options.add_model(command)
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    scales = _scales(args.guidance_scale)
+    if args.count < 1:
+        raise ValueError(f"count {args.count}; expected 1 or more")
+    chosen = {
+        name: value for name in ("steps", "sampler", "spacing", "convention") if (value := getattr(args, name)) is not None
+    }
+
+    from tqdm import tqdm
+
+    from ldm.checkpoint import bundled_folder
+    from ldm.evaluation import composition
+    from ldm.pipelines.settings import checked
+    from ldm.scenes import judge
+
+    for scale in scales:
+        checked({**chosen, "guidance_scale": scale, "seed": args.seed})
+    components = options.load(args)
+    referee = judge.load(args.judge or bundled_folder() / "judge.safetensors")
+    splits = args.split or list(composition.SPLITS)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(splits) * len(scales) * args.count, unit="picture", disable=args.quiet) as bar:
+        for split in splits:
+            for name, score in composition.ceiling(components, referee, split, args.count).items():
+                rows.append(_row(split, name, score))
+            for scale in scales:
+                done = bar.n
+                score = composition.evaluate(
+                    components,
+                    referee,
+                    split,
+                    args.count,
+                    seed=args.seed,
+                    progress=lambda k, done=done: bar.update(done + k - bar.n),
+                    guidance_scale=scale,
+                    **chosen,
+                )
+                rows.append(_row(split, f"guidance {scale:g}", score))
+    print(_table(rows))
+    if args.json:
+        found = {"model": components.name, "count": args.count, "seed": args.seed, **chosen, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"guidance scale {text!r}; expected a number, or several with commas, as in 1,2,4") from None
+
+
+def _row(split: str, pictures: str, score: Any) -> dict[str, Any]:
+    parts = {part: score.accuracy(part) for part in score.right}
+    return {"split": split, "pictures": pictures, "count": score.count, **parts, "interval": score.interval()}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A line for each kind of picture; the interval is of the last column."""
+    lines = [f"{'split':<10}{'pictures':<18}{'number':>8}{'colours':>9}{'shapes':>8}{'relation':>10}{'all':>8}   95 % interval"]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"{row['split']:<10}{row['pictures']:<18}{row['number']:>8.1%}{row['colours']:>9.1%}{row['shapes']:>8.1%}"
+            f"{row['relation']:>10.1%}{row['all']:>8.1%}   {low:.1%} to {high:.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""`ldm train STAGE`: train an autoencoder, a text encoder, a UNet, the judge of scenes, or all of the bundled model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+STAGES = {
+    "autoencoder": "a KL autoencoder, on pictures",
+    "clip": "a text encoder, by contrast with pictures",
+    "unet": "a UNet, in the latents of one and on the states of the other",
+    "judge": "the classifier that says what a picture of a scene shows",
+    "bundled": "all of these in turn: the model that ships with this package",
+}
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train an autoencoder, a text encoder, a UNet, or all of the bundled model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train one stage of a latent diffusion model:\n\n"
+        + "\n".join(f"    {name:<12} {about}" for name, about in STAGES.items())
+        + "\n\nRun alone, or on many processes: torchrun --nproc_per_node N -m ldm train ...\n"
+        "What was stopped goes on where it was when the same command is given again.",
+    )
+    command.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder: metrics, sheets, result")
+    command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with a table for the stage")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting: batch=32, model.heads=4")
+    command.add_argument("--data", metavar="DIR", help="pictures with captions, instead of drawn scenes (not for the judge)")
+    command.add_argument("--base", metavar="MODEL", help="for unet: a model whose UNet is trained on")
+    command.add_argument("--autoencoder", metavar="MODEL", help="for unet: the model that gives the autoencoder")
+    command.add_argument("--text-encoder", metavar="MODEL", help="for unet: the model that gives tokenizer and text encoder")
+    command.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.training import bundled
+    from ldm.training.processes import joined
+
+    _check(args)
+    with joined(args.device) as processes:
+        if args.stage == "bundled":
+            made = bundled.train(args.out, processes, recipe=args.recipe or bundled.RECIPE, quiet=args.quiet)
+        else:
+            made = _one(args, processes)
+        if processes.leads:
+            print(made)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Options that this stage does not have are refused rather than passed over."""
+    of_unet = [name for name in ("base", "autoencoder", "text_encoder") if getattr(args, name)]
+    if of_unet and args.stage != "unet":
+        raise ValueError(f"--{of_unet[0].replace('_', '-')} is for unet; {args.stage} trains from nothing")
+    if args.stage == "unet" and not args.base and not (args.autoencoder and args.text_encoder):
+        raise ValueError("a UNet needs --base MODEL to go on from, or --autoencoder MODEL and --text-encoder MODEL")
+    if args.data and args.stage in ("judge", "bundled"):
+        raise ValueError(f"--data is not for {args.stage}, which is made of drawn scenes")
+    if args.set and args.stage == "bundled":
+        raise ValueError("--set is for one stage; for bundled, write a recipe and name it with --recipe")
+
+
+def _one(args: argparse.Namespace, processes: Any) -> Path:
+    """Train one stage; the file or folder that it made."""
+    from ldm.training import autoencoder, clip, judge, recipe, unet
+
+    kinds = {
+        "autoencoder": autoencoder.AutoencoderRecipe,
+        "clip": clip.CLIPRecipe,
+        "unet": unet.UNetRecipe,
+        "judge": judge.JudgeRecipe,
+    }
+    table = recipe.read(args.recipe).get(args.stage, {}) if args.recipe else {}
+    base = _base(args, processes, table) if args.stage == "unet" else None
+    settings = [*args.set, *([f"data.source={str(Path(args.data).resolve())!r}"] if args.data else [])]
+    made = recipe.make(kinds[args.stage], recipe.with_settings(table, settings), str(args.recipe or args.stage))
+    if args.stage == "unet":
+        unet.train(made, base, args.out, processes, quiet=args.quiet)
+    else:
+        {"autoencoder": autoencoder, "clip": clip, "judge": judge}[args.stage].train(
+            made, args.out, processes, quiet=args.quiet
+        )
+    return args.out / ("judge.safetensors" if args.stage == "judge" else "model")
+
+
+def _base(args: argparse.Namespace, processes: Any, table: dict[str, Any]) -> Any:
+    """The frozen networks, and for fine-tuning the UNet, whose architecture the recipe then takes."""
+    import dataclasses
+
+    import ldm
+    from ldm.training import model_folder
+    from ldm.training.unet import Base
+
+    if args.base:
+        whole = ldm.load(args.base, device=processes.device)
+        table["model"] = dataclasses.asdict(whole.unet.config) | table.get("model", {})
+        table["schedule"] = dataclasses.asdict(whole.schedule) | table.get("schedule", {})
+        return Base(tokenizer=whole.tokenizer, text_encoder=whole.text_encoder, autoencoder=whole.autoencoder, unet=whole.unet)
+    coder = model_folder.read(Path(args.autoencoder), "autoencoder", device=processes.device)
+    encoder = model_folder.read(Path(args.text_encoder), "text_encoder", device=processes.device)
+    table["model"] = {"context_width": encoder.config.width} | table.get("model", {})
+    tokenizer = model_folder.read_tokenizer(Path(args.text_encoder), encoder.config.context_length)
+    return Base(tokenizer=tokenizer, text_encoder=encoder, autoencoder=coder)

@@ -1,0 +1,245 @@
+"""Train a text encoder by contrast with pictures: `ldm train clip`.
+
+Radford et al. 2021, arXiv:2103.00020, section 2.3: of a batch of pictures and captions, say which belong together. Two things
+are different here. Where the data are scenes, every picture brings a second caption that is almost true (Yuksekgonul et al.
+2022, arXiv:2210.01936, section 5), for otherwise a bag of words would do and word order would be learnt late or never. And
+captions that are true of several pictures of the batch count for all of them.
+
+The embedding of a text is its state at the first end token, without a further projection; the image tower projects into
+its width. What the UNet will see, all the states, is trained only through that one.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, normalised, pool
+from ldm.scenes import captions
+from ldm.scenes.captions import Statement
+from ldm.scenes.world import Scene
+from ldm.text.cut import cut_vocabulary
+from ldm.text.tokenizer import Tokenizer
+from ldm.training import model_folder
+from ldm.training.data import DataConfig, Folder, Scenes, batch_of
+from ldm.training.ledger import Ledger
+from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.processes import Processes
+from weights_convert.tokenizer_files import Vocabulary
+
+SHARPEST = math.log(100.0)  # the most that the logits' scale may grow to (section 2.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPRecipe:
+    """A run's every setting. `vocabulary`: "clip" for CLIP's own, "scenes" for what captions of scenes need of it."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    vocabulary: str = "clip"
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(
+            learning_rate=5e-4, warm_up=500, cool_down=0.5, beta2=0.98, weight_decay=0.1, clip=1.0, ema=0.998
+        )
+    )
+    steps: int = 10_000
+    batch: int = 128
+    accumulation: int = 1
+    seed: int = 0
+    dtype: str = "float32"
+    log_every: int = 50
+    save_every: int = 500
+    test_every: int = 500
+
+
+class CLIP(nn.Module):
+    """Both towers, and the scale of their cosines."""
+
+    def __init__(self, text: TextConfig, image: ImageConfig):
+        super().__init__()
+        self.text = TextEncoder(text)
+        self.image = ImageEncoder(image)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        _initialise(self.text)
+        _initialise(self.image)
+
+    def forward(self, pixels: Tensor, ids: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (b, 3, s, s) and token ids (n, m) -> unit embeddings (b, d), (n, d), and the scale."""
+        pictures = F.normalize(self.image(pixels).float(), dim=-1)
+        texts = F.normalize(pool(self.text(ids), ids, end).float(), dim=-1)
+        return pictures, texts, self.log_scale.clamp(max=SHARPEST).exp()
+
+
+def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
+    """Train, or resume what was begun in `folder`; `model/` has the moving average of both towers at the end."""
+    if recipe.accumulation != 1:
+        raise ValueError(f"accumulation {recipe.accumulation}; contrasts are within a micro-batch, so it must be 1 here")
+    vocabulary = Vocabulary(*cut_vocabulary(captions.grammar_words())) if recipe.vocabulary == "scenes" else None
+    length = recipe.text.context_length
+    tokenizer = Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length)
+    data = recipe.data.open(cache or folder / "data")
+    unseen = recipe.data.open_unseen(512)
+
+    torch.manual_seed(recipe.seed)
+    model = CLIP(recipe.text, recipe.image).to(processes.device)
+    optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
+    average = MovingAverage(model, recipe.optimiser.ema)
+    ledger = Ledger(folder, recipe, processes, quiet=quiet)
+    if state := ledger.resume():
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
+    towers = processes.wrapped(model)
+
+    batch = recipe.batch * processes.count
+    for step in range(ledger.step, recipe.steps):
+        pairs = Pairs(data, batch_of(recipe.seed, step, batch, len(data)), (recipe.seed, step))
+        rows = processes.rows(batch)
+        pixels = normalised(data.images(pairs.indices[rows]).to(processes.device) / 255)
+        ids = _short(tokenizer(pairs.texts[rows] + pairs.false_texts[rows]).ids, tokenizer.end).to(processes.device)
+        with processes.precision(recipe.dtype), processes.attention():
+            pictures, texts, scale = towers(pixels, ids, tokenizer.end)
+        true, false = texts[: len(pictures)], texts[len(pictures) :]
+        pictures, true, false = (_gathered(part, processes) for part in (pictures, true, false))
+        loss, right = contrast(pictures, true, false, scale, pairs.matches.to(processes.device))
+        loss.backward()
+        norm = optimiser.step(step)
+        average.update(step)
+
+        done = step + 1
+        ledger.advance()
+        if done % recipe.log_every == 0:
+            ledger.log(done, loss=loss.item(), right=right.item(), scale=scale.item(), gradient_norm=norm.item())
+        if done % recipe.test_every == 0 or done == recipe.steps:
+            shadow = CLIP(recipe.text, recipe.image).to(processes.device).eval()
+            average.into(shadow)
+            ledger.log(done, **_test(shadow, unseen, tokenizer, processes))
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            ledger.save(done, model=model, optimiser=optimiser, average=average)
+    ledger.close()
+
+    if processes.leads:
+        average.into(model)
+        modules = {"text_encoder": model.text.eval(), "image_encoder": model.image.eval()}
+        model_folder.write(folder / "model", modules, vocabulary=vocabulary)
+
+
+def contrast(pictures: Tensor, true: Tensor, false: Tensor, scale: Tensor, matches: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of unit embeddings, (b, d) each, `false` possibly (0, d); and how often a picture's best text is a true one.
+
+    matches (b, b): whether text j is true of picture i. All texts that are share the picture's probability, and the other
+    way round.
+    """
+    to_texts = scale * pictures @ torch.cat([true, false]).T
+    to_pictures = scale * true @ pictures.T
+    wanted = matches.float()
+    padded = F.pad(wanted, (0, len(false)))
+    loss = F.cross_entropy(to_texts, padded / padded.sum(1, keepdim=True))
+    loss = loss + F.cross_entropy(to_pictures, (wanted / wanted.sum(0, keepdim=True)).T)
+    right = padded.gather(1, to_texts.argmax(1, keepdim=True)).mean()
+    return loss / 2, right
+
+
+class Pairs:
+    """A batch: `indices` of pictures, a true text each, of scenes an almost true one too, and who matches whom."""
+
+    def __init__(self, data: Scenes | Folder, indices: list[int], key: tuple[int, ...]):
+        self.indices = indices
+        if isinstance(data, Folder):
+            self.texts, self.false_texts = data.captions(indices), []
+            self.matches = torch.tensor([[a == b for b in self.texts] for a in self.texts])
+            return
+        rng = np.random.default_rng((*key, 2))
+        scenes = [data.scene(i) for i in indices]
+        statements = [captions.state(scene, rng) for scene in scenes]
+        self.texts = [captions.words(statement, rng) for statement in statements]
+        self.false_texts = [
+            captions.words(captions.confused(statement, scene, rng), rng)
+            for statement, scene in zip(statements, scenes, strict=True)
+        ]
+        self.matches = _matches(scenes, statements)
+
+
+def _matches(scenes: list[Scene], statements: list[Statement]) -> Tensor:
+    """(b, b): whether statement j holds of scene i. Only those of the same colours and shapes need to be looked at."""
+    found = torch.eye(len(scenes), dtype=torch.bool)
+    alike: dict[tuple, list[int]] = {}
+    for i, scene in enumerate(scenes):
+        alike.setdefault(tuple(sorted(noun[1:] for noun in scene.nouns)), []).append(i)
+    for group in alike.values():
+        for i in group:
+            for j in group:
+                found[i, j] = captions.holds(statements[j], scenes[i].layout, scenes[i].nouns)
+    return found
+
+
+@torch.no_grad()
+def _test(model: CLIP, unseen: Scenes | Folder, tokenizer: Tokenizer, processes: Processes) -> dict[str, float]:
+    """On pictures that are not trained on: how often the true text beats the almost true one, and all others of the set."""
+    pairs = Pairs(unseen, list(range(len(unseen))), (0,))
+    pixels = normalised(unseen.images(pairs.indices).to(processes.device) / 255)
+    ids = _short(tokenizer(pairs.texts + pairs.false_texts).ids, tokenizer.end).to(processes.device)
+    pictures, texts, _ = model(pixels, ids, tokenizer.end)
+    count = len(pictures)
+    cosines = pictures @ texts.T
+    own = cosines[:, :count].diagonal()
+    matches = pairs.matches.to(processes.device)
+    found = {"test_retrieval": matches.gather(1, cosines[:, :count].argmax(1, keepdim=True)).float().mean().item()}
+    if pairs.false_texts:
+        found["test_true_over_false"] = (own > cosines[:, count:].diagonal()).float().mean().item()
+    return found
+
+
+def _short(ids: Tensor, end: int) -> Tensor:
+    """Without the padding that all share. The transformer looks backwards only, so the states that count stay the same."""
+    longest = int((ids == end).int().argmax(dim=1).max())
+    return ids[:, : longest + 1]
+
+
+def _gathered(rows: Tensor, processes: Processes) -> Tensor:
+    """All processes' rows, in the order of the whole batch."""
+    return rows if processes.count == 1 else _Gather.apply(rows, processes.rank, processes.count)
+
+
+class _Gather(torch.autograd.Function):
+    """Every process computes the same loss from all rows. A row's gradient is the sum of what it is in each, so that after
+    the weights' gradients are averaged over the processes, each row has counted once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, count: int) -> Tensor:
+        ctx.own = slice(rank * len(rows), (rank + 1) * len(rows))
+        parts = [torch.empty_like(rows) for _ in range(count)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.own], None, None
+
+
+def _initialise(tower: TextEncoder | ImageEncoder) -> None:
+    """Radford et al.'s: small embeddings, and projections into the residual stream the smaller the deeper the tower."""
+    width, layers = tower.config.width, tower.config.layers
+    normal = nn.init.normal_
+    normal(tower.position_embedding.weight, std=0.01)
+    if isinstance(tower, TextEncoder):
+        normal(tower.token_embedding.weight, std=0.02)
+    else:
+        normal(tower.class_embedding, std=width**-0.5)
+        normal(tower.projection.weight, std=width**-0.5)
+    into_residual = width**-0.5 * (2 * layers) ** -0.5
+    for layer in tower.layers:
+        for linear in (layer.attention.query, layer.attention.key, layer.attention.value):
+            normal(linear.weight, std=width**-0.5)
+        normal(layer.attention.output.weight, std=into_residual)
+        normal(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        normal(layer.mlp.fc2.weight, std=into_residual)
