@@ -22,11 +22,13 @@ NOTHING = -100  # the label of a place that a layout does not have; cross-entrop
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Channels of the three levels, each half the resolution of the one before, and features of the last hidden layer."""
+    """Channels of the three levels, each half the resolution of the one before, features of the last hidden layer, and the
+    share of them that training drops."""
 
     widths: tuple[int, ...] = (48, 96, 160)
     hidden: int = 384
     norm_groups: int = 8
+    dropout: float = 0.3
 
 
 class Block(nn.Module):
@@ -68,7 +70,8 @@ class Judge(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.squeeze(F.silu(self.norm(x)))
-        x = self.heads(F.silu(self.hidden(x.flatten(1))))
+        x = self.hidden(x.flatten(1))
+        x = self.heads(F.dropout(F.silu(x), self.config.dropout, self.training))
         layouts, colours, shapes = x.float().split(self.sizes, dim=1)
         return layouts, colours.unflatten(1, (MOST, -1)), shapes.unflatten(1, (MOST, -1))
 

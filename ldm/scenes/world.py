@@ -8,7 +8,7 @@ Some combinations of colour, shape and role ("an orange cone at the left of some
 is trained on has one, so that what a model makes of them it has put together itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import radians, sin, tan
 
 import numpy as np
@@ -105,6 +105,21 @@ def is_held_out(layout: str, contents: tuple[Content, ...]) -> bool:
 def _held_out_role(content: Content, role: int) -> bool:
     colour, shape = list(COLOURS).index(content[0]), list(SHAPES).index(content[1])
     return (colour + 2 * shape + 3 * role) % len(COLOURS) == 0
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The scene as a mirror shows it, left for right: what its picture shows when it is flipped."""
+    places = LAYOUTS[scene.layout]
+    widest = max(x for x, _, _ in places)
+    flipped = [(widest - x, y, z) for x, y, z in places]
+    order = sorted(range(len(places)), key=lambda k: flipped[k])
+    layout = next(name for name, other in LAYOUTS.items() if other == tuple(flipped[k] for k in order))
+    solids = []
+    for solid in (scene.solids[k] for k in order):
+        x, y, z = solid.centre
+        solids.append(replace(solid, centre=(-x, y, z), yaw=-solid.yaw))
+    x, y, z = scene.target
+    return replace(scene, layout=layout, solids=tuple(solids), target=(-x, y, z), turn=-scene.turn, light=-scene.light)
 
 
 def draw(seed: int, index: int, *, split: str = "train", layouts: tuple[str, ...] | None = None) -> Scene:

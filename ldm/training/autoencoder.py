@@ -50,7 +50,9 @@ def train(
     recipe: AutoencoderRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False
 ) -> None:
     """Train, or resume what was begun in `folder`; its `model/autoencoder.safetensors` is the moving average at the end."""
-    data = recipe.data.open(cache or folder / "data")
+    if recipe.data.size % recipe.model.downsampling:
+        raise ValueError(f"data.size {recipe.data.size}; expected a multiple of {recipe.model.downsampling}")
+    data = recipe.data.open(cache or folder / "data", processes)
     unseen = recipe.data.open_unseen(256)
     shown = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
 

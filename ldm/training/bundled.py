@@ -8,6 +8,7 @@
 and the result is one folder, float16, that `ldm.load` reads. Stopped anywhere and started again, it goes on.
 """
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping
@@ -42,6 +43,14 @@ class GateError(ValueError):
     """The autoencoder is not good enough to train a UNet on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PowerRecipe:
+    """What the machine is taken to draw, and what that is taken to emit: the arithmetic of Stable Diffusion's model card."""
+
+    kilowatts: float = 0.25
+    kg_per_kwh: float = 0.30
+
+
 def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: bool = False) -> Path:
     """Train all stages in `folder`; returns the finished model's folder. Raises GateError after a poor autoencoder."""
     tables = read(recipe)
@@ -50,6 +59,7 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
     wording = make(clip.CLIPRecipe, tables.get("clip", {}), f"{recipe}, clip")
     painting = make(unet.UNetRecipe, tables.get("unet", {}), f"{recipe}, unet")
 
+    power = make(PowerRecipe, tables.get("power", {}), f"{recipe}, power")
     passing = make(GateRecipe, tables.get("gate", {}), f"{recipe}, gate")
 
     done, cache = folder / "bundled", folder / "data"
@@ -82,7 +92,7 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
         vocabulary = model_folder.read_vocabulary(stages["clip"] / "model")
         model_folder.write(done, modules, schedule=painting.schedule, vocabulary=vocabulary, dtype="float16")
         (done / "judge.safetensors").write_bytes((stages["judge"] / "judge.safetensors").read_bytes())
-        write(done / "training.json", json.dumps(log(stages, figures), indent=1) + "\n")
+        write(done / "training.json", json.dumps(log(stages, figures, power), indent=1) + "\n")
     return done
 
 
@@ -110,7 +120,7 @@ def gate(recipe: GateRecipe, model: Path, judge_file: Path, size: int, processes
     return figures
 
 
-def log(stages: Mapping[str, Path], figures: Mapping[str, float]) -> dict[str, Any]:
+def log(stages: Mapping[str, Path], figures: Mapping[str, float], power: PowerRecipe) -> dict[str, Any]:
     """The run's record: what was asked for, what came out, on what machine and in what time."""
     found: dict[str, Any] = {
         "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
@@ -122,6 +132,9 @@ def log(stages: Mapping[str, Path], figures: Mapping[str, float]) -> dict[str, A
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
         found["stages"][name] = {"recipe": recipe, "seconds": lines[-1]["seconds"], "curve": _thinned(lines)}
     found["seconds"] = sum(stage["seconds"] for stage in found["stages"].values())
+    hours = found["seconds"] / 3600
+    kg = hours * power.kilowatts * power.kg_per_kwh
+    found["emissions"] = {"hours": round(hours, 2), **dataclasses.asdict(power), "kg": float(f"{kg:.3g}")}
     return found
 
 

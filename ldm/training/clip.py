@@ -81,10 +81,20 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     """Train, or resume what was begun in `folder`; `model/` has the moving average of both towers at the end."""
     if recipe.accumulation != 1:
         raise ValueError(f"accumulation {recipe.accumulation}; contrasts are within a micro-batch, so it must be 1 here")
+    if recipe.data.size != recipe.image.image_size:
+        raise ValueError(f"data.size {recipe.data.size} with image.image_size {recipe.image.image_size}; expected the same")
+    if recipe.image.projection_width != recipe.text.width:
+        widths = (recipe.image.projection_width, recipe.text.width)
+        raise ValueError(f"image.projection_width {widths[0]} with text.width {widths[1]}; expected the same")
+    if recipe.vocabulary not in ("clip", "scenes"):
+        raise ValueError(f"vocabulary {recipe.vocabulary!r}; expected clip or scenes")
     vocabulary = Vocabulary(*cut_vocabulary(captions.grammar_words())) if recipe.vocabulary == "scenes" else None
     length = recipe.text.context_length
     tokenizer = Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length)
-    data = recipe.data.open(cache or folder / "data")
+    if len(tokenizer.vocabulary) > recipe.text.vocabulary_size:
+        sizes = (recipe.text.vocabulary_size, len(tokenizer.vocabulary))
+        raise ValueError(f"text.vocabulary_size {sizes[0]} for {sizes[1]} tokens; expected at least that many")
+    data = recipe.data.open(cache or folder / "data", processes)
     unseen = recipe.data.open_unseen(512)
 
     torch.manual_seed(recipe.seed)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ldm import images as pictures
 from ldm.scenes import captions
 from ldm.scenes.render import render
 from ldm.scenes.world import Scene, draw
-from ldm.training.processes import generator
+from ldm.training.processes import Processes, generator
 
 ORDER = 1  # purposes of random draws, so that none repeats another's numbers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -38,11 +38,11 @@ class DataConfig:
     count: int = 20_000
     seed: int = 0
 
-    def open(self, cache: Path) -> "Scenes | Folder":
-        """The data; drawn scenes are kept in the folder `cache`."""
+    def open(self, cache: Path, processes: Processes) -> "Scenes | Folder":
+        """The data; scenes are drawn once, by the first process, and kept in the folder `cache`."""
         if self.source != "scenes":
             return Folder(Path(self.source), self.size)
-        return Scenes(self.seed, self.count, self.size, cache=cache / f"scenes-{self.seed}-{self.count}-{self.size}.npy")
+        return drawn(Scenes(self.seed, self.count, self.size), cache, processes)
 
     def open_unseen(self, count: int) -> "Scenes | Folder":
         """Data to look at in between: scenes that are not trained on; of a folder, its first pictures."""
@@ -66,11 +66,11 @@ def _order(seed: int, turn: int, count: int) -> list[int]:
 
 
 class Scenes:
-    """`count` scenes of the data set `seed`, drawn when first used and kept in the file `cache`, if one is named."""
+    """The first `count` scenes of the data set `seed`. Pictures are rendered anew each time; see `drawn`."""
 
-    def __init__(self, seed: int, count: int, size: int, *, split: str = "train", cache: Path | None = None):
+    def __init__(self, seed: int, count: int, size: int, *, split: str = "train"):
         self.seed, self.count, self.size, self.split = seed, count, size, split
-        self.cache = cache
+        self.file: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -79,9 +79,9 @@ class Scenes:
         return draw(self.seed, index, split=self.split)
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        if self.cache is None:
-            return self._render(indices)
-        return torch.from_numpy(self._rendered[np.asarray(indices)])
+        if self.file is not None:
+            return torch.from_numpy(self.file[np.asarray(indices)])
+        return render([self.scene(i) for i in indices], self.size)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         found = []
@@ -94,13 +94,15 @@ class Scenes:
         """Where the choices of a scene's caption come from."""
         return np.random.default_rng((self.seed, index, len(self.split), 1))
 
-    @cached_property
-    def _rendered(self) -> np.ndarray:
-        keep(self.cache, self.count, (3, self.size, self.size), self._render, np.uint8)
-        return np.load(self.cache, mmap_mode="r")
 
-    def _render(self, indices: list[int]) -> Tensor:
-        return render([self.scene(i) for i in indices], self.size)
+def drawn(scenes: Scenes, cache: Path, processes: Processes) -> Scenes:
+    """The scenes with their pictures in a file of the folder `cache`, rendered now unless they are there."""
+    file = cache / f"scenes-{scenes.split}-{scenes.seed}-{scenes.count}-{scenes.size}.npy"
+    if processes.leads:
+        keep(file, scenes.count, (3, scenes.size, scenes.size), scenes.images, np.uint8)
+    processes.wait()
+    scenes.file = np.load(file, mmap_mode="r")
+    return scenes
 
 
 class Folder:

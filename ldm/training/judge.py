@@ -1,8 +1,8 @@
 """Train the judge of scenes on renders: `ldm train judge`. What it is, and what it says: `ldm/scenes/judge.py`.
 
 Plain supervised classification, of scenes of either split: it is a measuring instrument, and must know what the models that
-it measures have not seen. Noise, blur and brightness are varied, so that it does not mind how a generated picture differs
-in texture from a render.
+it measures have not seen. Pictures are mirrored, and noise, blur and brightness varied, so that it does not mind how a
+generated picture differs in texture from a render.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.scenes.judge import Judge, JudgeConfig, labels, verdicts
-from ldm.scenes.world import Scene
-from ldm.training.data import Scenes, batch_of, to_unit
+from ldm.scenes.judge import SIZE, Judge, JudgeConfig, labels, verdicts
+from ldm.scenes.world import Scene, mirrored
+from ldm.training.data import Scenes, batch_of, drawn, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
 from ldm.training.processes import Processes, generator
@@ -37,7 +37,7 @@ class JudgeRecipe:
     steps: int = 4000
     batch: int = 128
     accumulation: int = 1
-    noise: float = 0.1
+    noise: float = 0.08
     blur: float = 1.0
     seed: int = 0
     dtype: str = "float32"
@@ -48,10 +48,9 @@ class JudgeRecipe:
 
 def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
     """Train, or resume what was begun in `folder`; the result is its `judge.safetensors`."""
-    data = Scenes(
-        SEED, recipe.count, 64, split="any", cache=(cache or folder / "data") / f"scenes-{SEED}-{recipe.count}-64.npy"
-    )
-    answers = labels([data.scene(i) for i in range(len(data))])
+    data = drawn(Scenes(SEED, recipe.count, 64, split="any"), cache or folder / "data", processes)
+    scenes = [data.scene(i) for i in range(len(data))]
+    answers, mirrored_answers = labels(scenes), labels([mirrored(scene) for scene in scenes])
     unseen = Scenes(UNSEEN, 1000, 64, split="any")
     test_pictures = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
     test_scenes = [unseen.scene(i) for i in range(len(unseen))]
@@ -69,13 +68,19 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
 
     batch = recipe.batch * recipe.accumulation * processes.count
     for step in range(ledger.step, recipe.steps):
-        indices = batch_of(recipe.seed, step, batch, len(data))
+        indices, draws = batch_of(recipe.seed, step, batch, len(data)), Draws(recipe, step, batch)
         for part in range(recipe.accumulation):
             rows = processes.rows(batch, part, recipe.accumulation)
-            pictures = disturbed(to_unit(data.images(indices[rows])), recipe, step, rows)
+            pictures = draws.disturb(to_unit(data.images(indices[rows])), rows)
             pictures = pictures.to(processes.device, memory_format=processes.layout)
+            turned = draws.mirrored[rows]
+            right = [
+                torch.where(turned.view(-1, *[1] * (a.ndim - 1)), b[indices[rows]], a[indices[rows]]).to(processes.device)
+                for a, b in zip(answers, mirrored_answers, strict=True)
+            ]
+            torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
             with processes.precision(recipe.dtype):
-                loss = loss_of(judge(pictures), [a[indices[rows]].to(processes.device) for a in answers])
+                loss = loss_of(judge(pictures), right)
             (loss / recipe.accumulation).backward()
         optimiser.step(step)
         average.update(step)
@@ -103,25 +108,38 @@ def loss_of(logits: tuple[Tensor, ...], answers: list[Tensor]) -> Tensor:
     return sum(F.cross_entropy(said.flatten(0, -2), right.flatten()) for said, right in zip(logits, answers, strict=True))
 
 
-def disturbed(pictures: Tensor, recipe: JudgeRecipe, step: int, rows: slice) -> Tensor:
-    """Pictures (b, 3, h, w), each a little brighter or darker, blurred and noisy, by numbers of its row of the batch."""
-    found = []
-    for row, picture in zip(range(rows.start, rows.stop), pictures, strict=True):
-        random = generator(recipe.seed, step * 65536 + row, DISTURBANCE)
-        bright, soft, noisy = torch.rand(3, generator=random).tolist()
-        picture = picture * (0.85 + 0.3 * bright) + 0.1 * (bright - 0.5)
-        if soft > 0.4:
-            picture = _blurred(picture, recipe.blur * (soft - 0.4) / 0.6)
-        found.append(picture + recipe.noise * max(noisy - 0.3, 0) * torch.randn(picture.shape, generator=random))
-    return torch.stack(found)
+class Draws:
+    """The random numbers of one step's whole batch: which pictures are mirrored, and how each is disturbed."""
+
+    def __init__(self, recipe: JudgeRecipe, step: int, batch: int):
+        random = generator(recipe.seed, step, DISTURBANCE)
+        bright, blur, noise, mirror = torch.rand(4, batch, generator=random)
+        self.mirrored = mirror < 0.5
+        self.brightness = 0.85 + 0.3 * bright
+        self.blur = recipe.blur * (2 * blur - 1).clamp(min=0)  # half of the pictures stay sharp,
+        self.noise = recipe.noise * (2 * noise - 1).clamp(min=0)  # and half of them clean
+        self.grain = torch.randn(batch, 3, SIZE, SIZE, generator=random)
+
+    def disturb(self, pictures: Tensor, rows: slice) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1], those of `rows` of the batch."""
+        shape = (-1, 1, 1, 1)
+        mirrored, brightness, blur, noise = (
+            v[rows].view(shape) for v in (self.mirrored, self.brightness, self.blur, self.noise)
+        )
+        pictures = torch.where(mirrored, pictures.flip(-1), pictures) * brightness
+        pictures = _blurred(_blurred(pictures, blur), blur, across=False)
+        return pictures + noise * self.grain[rows]
 
 
-def _blurred(picture: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of five pixels' width: (3, h, w) -> (3, h, w)."""
-    kernel = torch.exp(-0.5 * (torch.arange(-2.0, 3.0) / max(sigma, 0.1)) ** 2)
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, 5)
-    padded = F.pad(picture[:, None], (2, 2, 2, 2), mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))[:, 0]
+def _blurred(pictures: Tensor, sigma: Tensor, *, across: bool = True) -> Tensor:
+    """A Gaussian blur along one axis, five pixels wide: (b, 3, h, w), sigma (b, 1, 1, 1) in pixels."""
+    kernel = torch.exp(-0.5 * (torch.arange(-2.0, 3.0) / sigma.clamp(min=0.1)) ** 2)
+    kernel = (kernel / kernel.sum(-1, keepdim=True)).expand(-1, 3, -1, -1).reshape(-1, 1, 1, 5)
+    if not across:
+        kernel = kernel.transpose(2, 3)
+    edges = (2, 2, 0, 0) if across else (0, 0, 2, 2)
+    padded = F.pad(pictures, edges, mode="replicate").flatten(0, 1)[None]
+    return F.conv2d(padded, kernel, groups=padded.shape[1]).view(pictures.shape)
 
 
 def accuracy(judge: nn.Module, pictures: Tensor, scenes: list[Scene]) -> float:

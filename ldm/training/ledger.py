@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -90,10 +91,12 @@ class Ledger:
         self.processes.wait()
 
     def sheet(self, name: str, rows: list[Tensor]) -> None:
-        """Pictures (b, 3, h, w) in [-1, 1], a row of the sheet for each tensor, as one PNG."""
+        """Pictures (b, 3, h, w) in [-1, 1], a row of the sheet for each tensor, as one PNG; empty ones leave no row."""
         if not self.processes.leads:
             return
-        rows = [torch.cat(list(row.float().cpu().clamp(-1, 1)), dim=2) for row in rows]
+        rows = [torch.cat(list(row.float().cpu().clamp(-1, 1)), dim=2) for row in rows if len(row)]
+        widest = max(row.shape[2] for row in rows)
+        rows = [F.pad(row, (0, widest - row.shape[2])) for row in rows]
         pixels = ((torch.cat(rows, dim=1) + 1) * 127.5).round().to(torch.uint8)
         (self.folder / "sheets").mkdir(exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(self.folder / "sheets" / f"{name}.png")

@@ -9,11 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PATIENCE = timedelta(hours=6)  # with the first process, while it prepares data; torchrun itself sees when one dies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if count > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank=rank, count=count, device=place)
     finally:

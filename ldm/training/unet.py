@@ -82,7 +82,16 @@ def train(
 
     base: gives tokenizer, text encoder and autoencoder, all frozen, and its UNet to begin with, if it has one.
     """
-    data = recipe.data.open(cache or folder / "data")
+    side = recipe.data.size // base.autoencoder.config.downsampling
+    if side != recipe.model.sample_size or recipe.data.size % base.autoencoder.config.downsampling:
+        raise ValueError(
+            f"data.size {recipe.data.size} with model.sample_size {recipe.model.sample_size}; "
+            f"expected {base.autoencoder.config.downsampling} pixels a latent"
+        )
+    if recipe.model.context_width != base.text_encoder.config.width:
+        widths = (recipe.model.context_width, base.text_encoder.config.width)
+        raise ValueError(f"model.context_width {widths[0]} with a text encoder {widths[1]} wide; expected the same")
+    data = recipe.data.open(cache or folder / "data", processes)
     cache = Cache(data, base, cache or folder / "data", processes)
 
     torch.manual_seed(recipe.seed)
