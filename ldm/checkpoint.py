@@ -59,7 +59,7 @@ class Components:
 
 
 def load(
-    source: str | Path,
+    source: str | Path = BUNDLED,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -67,7 +67,6 @@ count = 64
 steps = 4
 batch = 8
 log_every = 2
-model = { widths = [8, 8, 8], hidden = 16 }
 """
 RESULT = {
     "autoencoder": "model/autoencoder.safetensors",

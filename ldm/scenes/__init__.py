@@ -1,0 +1,2 @@
+"""The bundled model's world: `world` (what a scene is, drawn by index), `captions` (what is said of it, and whether that is true),
+`render` (its picture) and `judge` (what a picture shows)."""

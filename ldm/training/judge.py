@@ -5,6 +5,7 @@ it measures have not seen. Pictures are mirrored, and noise, blur and brightness
 generated picture differs in texture from a render.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
     if processes.leads:
         average.into(model)
         tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, folder / "judge.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / "judge.partial", metadata={"format": "pt"})
+        os.replace(folder / "judge.partial", folder / "judge.safetensors")
 
 
 def loss_of(logits: tuple[Tensor, ...], answers: list[Tensor]) -> Tensor:
