@@ -26,7 +26,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
         "--model",
         "--ckpt",
         metavar="SOURCE",
-        help=f"a checkpoint: .ckpt, .safetensors, a folder, hub:OWNER/NAME (default: ${MODEL_VARIABLE}, or else bundled)",
+        help=f"a checkpoint: .ckpt, .safetensors, a folder, hub:OWNER/NAME (default: ${MODEL_VARIABLE})",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default float32)")
@@ -38,10 +38,11 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> "Components":
     """The model that the options name."""
-    import ldm
-    from ldm.checkpoint import BUNDLED
+    source = args.model or os.environ.get(MODEL_VARIABLE)
+    if not source:
+        raise ValueError(f"no model given; name a checkpoint with --model, or in the variable {MODEL_VARIABLE}")
 
-    source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
+    import ldm
 
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
