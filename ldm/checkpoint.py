@@ -204,8 +204,11 @@ def _local(source: str | Path, variant: str) -> Path:
 
 
 def bundled_folder() -> Path:
-    """Where the bundled model lies."""
-    return Path(__file__).resolve().parent / "assets" / BUNDLED
+    """Where the bundled model lies. Raises CheckpointError where the package was built without it."""
+    folder = Path(__file__).resolve().parent / "assets" / BUNDLED
+    if not folder.is_dir():
+        raise CheckpointError(f"{BUNDLED}: this package was built without its model; ldm train bundled makes one")
+    return folder
 
 
 def _fetched(source: str, variant: str) -> Path:

@@ -57,9 +57,16 @@ log_every = 2
 save_every = 2
 sheet_every = 5
 min_snr = 5.0
-model = { level_widths = [16, 32], attention_levels = [true, true], heads = 4, norm_groups = 8, sample_size = 8 }
 data = { count = 48, seed = 1 }
 optimiser = { learning_rate = 1e-3, warm_up = 3 }
+
+[unet.model]
+level_widths = [16, 32]
+attention_levels = [true, true]
+heads = 4
+context_width = 32
+norm_groups = 8
+sample_size = 8
 """
 JUDGE = """
 [judge]
@@ -163,7 +170,7 @@ def test_two_processes_train_the_model_that_one_does_with_twice_the_batch(worksh
     one = workshop.train(stage, tmp_path / "one", f"batch={2 * half}", plain)
     apart = largest_difference(one, two)
     moved = largest_difference(one, workshop.train(stage, tmp_path / "other", f"batch={2 * half}", "seed=1", plain))
-    assert apart < 2e-4 and apart < moved / 50, (apart, moved)
+    assert apart < 1e-5 and apart < moved / 500, (apart, moved)
 
 
 def test_accumulating_micro_batches_is_training_on_the_whole_batch(workshop, tmp_path):
@@ -171,15 +178,17 @@ def test_accumulating_micro_batches_is_training_on_the_whole_batch(workshop, tmp
         plain = "optimiser.name=adamw"
         whole = workshop.train(stage, tmp_path / f"{stage}-whole", "batch=4", plain)
         parts = workshop.train(stage, tmp_path / f"{stage}-parts", "batch=2", "accumulation=2", plain)
-        assert largest_difference(whole, parts) < 2e-4
+        assert largest_difference(whole, parts) < 1e-5
 
 
 def largest_difference(one, other):
+    """Of all weights but the keys' biases: adding the same to every key changes no softmax, so their gradient is rounding
+    alone, which AdamW divides by its own size."""
     from safetensors.torch import load_file
 
     a, b = load_file(one), load_file(other)
     assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return max((a[name] - b[name]).abs().max().item() for name in a if not name.endswith("attention.key.bias"))
 
 
 def test_what_unet_training_makes_is_a_model_that_makes_pictures(workshop, tmp_path):
@@ -593,6 +602,9 @@ def test_settings_are_put_over_a_recipe():
         ({"stepz": 3}, "here: unknown setting 'stepz'; known are model, data, optimiser, steps"),
         ({"steps": "many"}, "here: steps is 'many'; expected something like 10000"),
         ({"steps": True}, "here: steps is True; expected something like 10000"),
+        ({"batch": 0}, "here: batch is 0; expected 1 or more, and finite"),
+        ({"kl_weight": float("nan")}, "here: kl_weight is nan; expected 0 or more, and finite"),
+        ({"model": {"level_widths": [8, 0]}}, "here, model: level_widths is 0; expected 1 or more, and finite"),
         ({"model": 3}, "here: model is 3; expected a table of settings"),
         ({"model": {"level_widths": ["a"]}}, "here, model: level_widths is 'a'; expected something like 128"),
     ],

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         "--guidance-scale", "--scale", metavar="G", default="7.5", help="or several, as in 1,2,4 (default 7.5)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
-    command.add_argument("--judge", metavar="FILE", help="the judge's weights (default: the bundled one's)")
+    command.add_argument("--judge", metavar="FILE", help="the judge's weights (default: the bundled one)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     options.add_sampling(command)
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     scales = _scales(args.guidance_scale)
     if args.count < 1:
         raise ValueError(f"count {args.count}; expected 1 or more")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"{args.json}: there is no folder {args.json.resolve().parent}; create it first")
     chosen = {
         name: value for name in ("steps", "sampler", "spacing", "convention") if (value := getattr(args, name)) is not None
     }

@@ -1,4 +1,4 @@
-"""`ldm train STAGE`: train an autoencoder, a text encoder, a UNet, the judge of scenes, or all of the bundled model."""
+"""`ldm train STAGE`: train an autoencoder, a text encoder, a UNet, the judge of scenes, or all of them in turn."""
 
 import argparse
 from pathlib import Path
@@ -9,14 +9,15 @@ STAGES = {
     "clip": "a text encoder, by contrast with pictures",
     "unet": "a UNet, in the latents of one and on the states of the other",
     "judge": "the classifier that says what a picture of a scene shows",
-    "bundled": "all of these in turn: the model that ships with this package",
+    "bundled": "all of these in turn: a whole model of drawn scenes",
 }
 
 
 def add(commands: Any) -> None:
     command = commands.add_parser(
         "train",
-        help="train an autoencoder, a text encoder, a UNet, or all of the bundled model",
+        help="train an autoencoder, a text encoder, a UNet, or all of them",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one stage of a latent diffusion model:\n\n"
         + "\n".join(f"    {name:<12} {about}" for name, about in STAGES.items())
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Options that this stage does not have are refused rather than passed over."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out}: is a file; --out names the folder of the run")
     of_unet = [name for name in ("base", "autoencoder", "text_encoder") if getattr(args, name)]
     if of_unet and args.stage != "unet":
         raise ValueError(f"--{of_unet[0].replace('_', '-')} is for unet; {args.stage} trains from nothing")

@@ -50,8 +50,7 @@ def train(
     recipe: AutoencoderRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False
 ) -> None:
     """Train, or resume what was begun in `folder`; its `model/autoencoder.safetensors` is the moving average at the end."""
-    if recipe.data.size % recipe.model.downsampling:
-        raise ValueError(f"data.size {recipe.data.size}; expected a multiple of {recipe.model.downsampling}")
+    check(recipe)
     data = recipe.data.open(cache or folder / "data", processes)
     unseen = recipe.data.open_unseen(256)
     shown = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
@@ -61,10 +60,7 @@ def train(
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
-    if state := ledger.resume():
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
+    ledger.resume(model=model, optimiser=optimiser, average=average)
     loss_of = processes.wrapped(_Loss(model, recipe.kl_weight))
     if recipe.compile:
         loss_of = torch.compile(loss_of)
@@ -105,6 +101,12 @@ def train(
         average.into(model)
         model.config = replace(model.config, scaling_factor=scale_of(model.eval(), shown))
         model_folder.write(folder / "model", {"autoencoder": model.eval()})
+
+
+def check(recipe: AutoencoderRecipe) -> None:
+    """Raises ValueError where pictures of this size cannot be halved as often as the model does."""
+    if recipe.data.size % recipe.model.downsampling:
+        raise ValueError(f"data.size {recipe.data.size}; expected a multiple of {recipe.model.downsampling}")
 
 
 class _Loss(nn.Module):

@@ -62,6 +62,10 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
     power = make(PowerRecipe, tables.get("power", {}), f"{recipe}, power")
     passing = make(GateRecipe, tables.get("gate", {}), f"{recipe}, gate")
 
+    autoencoder.check(coding)
+    clip.check(wording)
+    unet.check(painting, coding.model, wording.text)
+
     done, cache = folder / "bundled", folder / "data"
     stages = {name: folder / name for name in ("judge", "autoencoder", "clip", "unet")}
     if not (stages["judge"] / "judge.safetensors").exists():

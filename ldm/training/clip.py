@@ -79,15 +79,7 @@ class CLIP(nn.Module):
 
 def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
     """Train, or resume what was begun in `folder`; `model/` has the moving average of both towers at the end."""
-    if recipe.accumulation != 1:
-        raise ValueError(f"accumulation {recipe.accumulation}; contrasts are within a micro-batch, so it must be 1 here")
-    if recipe.data.size != recipe.image.image_size:
-        raise ValueError(f"data.size {recipe.data.size} with image.image_size {recipe.image.image_size}; expected the same")
-    if recipe.image.projection_width != recipe.text.width:
-        widths = (recipe.image.projection_width, recipe.text.width)
-        raise ValueError(f"image.projection_width {widths[0]} with text.width {widths[1]}; expected the same")
-    if recipe.vocabulary not in ("clip", "scenes"):
-        raise ValueError(f"vocabulary {recipe.vocabulary!r}; expected clip or scenes")
+    check(recipe)
     vocabulary = Vocabulary(*cut_vocabulary(captions.grammar_words())) if recipe.vocabulary == "scenes" else None
     length = recipe.text.context_length
     tokenizer = Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length)
@@ -102,10 +94,7 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
-    if state := ledger.resume():
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
+    ledger.resume(model=model, optimiser=optimiser, average=average)
     towers = processes.wrapped(model)
 
     batch = recipe.batch * processes.count
@@ -139,6 +128,19 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
         average.into(model)
         modules = {"text_encoder": model.text.eval(), "image_encoder": model.image.eval()}
         model_folder.write(folder / "model", modules, vocabulary=vocabulary)
+
+
+def check(recipe: CLIPRecipe) -> None:
+    """Raises ValueError where parts of the recipe do not fit each other."""
+    if recipe.accumulation != 1:
+        raise ValueError(f"accumulation {recipe.accumulation}; contrasts are within a micro-batch, so it must be 1 here")
+    if recipe.data.size != recipe.image.image_size:
+        raise ValueError(f"data.size {recipe.data.size} with image.image_size {recipe.image.image_size}; expected the same")
+    if recipe.image.projection_width != recipe.text.width:
+        widths = (recipe.image.projection_width, recipe.text.width)
+        raise ValueError(f"image.projection_width {widths[0]} with text.width {widths[1]}; expected the same")
+    if recipe.vocabulary not in ("clip", "scenes"):
+        raise ValueError(f"vocabulary {recipe.vocabulary!r}; expected clip or scenes")
 
 
 def contrast(pictures: Tensor, true: Tensor, false: Tensor, scale: Tensor, matches: Tensor) -> tuple[Tensor, Tensor]:

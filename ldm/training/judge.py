@@ -61,10 +61,7 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
-    if state := ledger.resume():
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
+    ledger.resume(model=model, optimiser=optimiser, average=average)
     judge = processes.wrapped(model)
 
     batch = recipe.batch * recipe.accumulation * processes.count

@@ -39,8 +39,8 @@ class Ledger:
         self.quiet = quiet or not processes.leads
         self.step, self.spent = 0, 0.0
 
-    def resume(self) -> dict[str, Any] | None:
-        """The state of the last checkpoint, None at the beginning. Raises ValueError where the recipe is another."""
+    def resume(self, **parts: Any) -> None:
+        """Give the parts the state that `save` wrote last, if it ever did. Raises ValueError where the recipe is another."""
         path = self.folder / CHECKPOINT
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
         if state:
@@ -50,6 +50,8 @@ class Ledger:
                 was = ", ".join(f"{k} {before.get(k)} and not {now.get(k)}" for k in changed[:3])
                 raise ValueError(f"{self.folder}: holds a run with {was}; resume it with those, or name another folder")
             self.step, self.spent = state["step"], state["seconds"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
         if self.processes.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / RECIPE, json.dumps(self.settings, indent=2) + "\n")
@@ -58,7 +60,6 @@ class Ledger:
         self.begun = time.monotonic() - self.spent
         self.bar = tqdm(initial=self.step, total=self.recipe.steps, unit="step", disable=self.quiet, mininterval=1)
         self.bar.set_description(self.folder.name)
-        return state
 
     @property
     def seconds(self) -> float:

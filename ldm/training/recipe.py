@@ -1,12 +1,14 @@
 """Recipes as files: TOML tables -> the frozen dataclasses of the training scripts, every field checked by name and type."""
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
+MAY_BE_ZERO = ("seed", "warm_up")  # of the whole numbers
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -52,7 +54,18 @@ def make(kind: type[T], table: Mapping[str, Any], where: str) -> T:
             values[name] = make(hints[name], {**_given(fields[name]), **value}, f"{where}, {name}")
         else:
             values[name] = _converted(value, _default(fields[name]), f"{where}: {name}")
+            _check_range(name, values[name], f"{where}: {name}")
     return kind(**values)
+
+
+def _check_range(name: str, value: Any, where: str) -> None:
+    """Sizes and counts are 1 or more, all other numbers 0 or more, and finite."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool | str):
+            continue
+        least = 1 if isinstance(number, int) and name not in MAY_BE_ZERO else 0
+        if not least <= number < math.inf:
+            raise ValueError(f"{where} is {number}; expected {least} or more, and finite")
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ldm.diffusion.conventions import make_grid
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
-from ldm.models.autoencoder import Autoencoder, Posterior
-from ldm.models.clip import TextEncoder
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.unet_blocks import ResidualBlock, SpatialTransformer
 from ldm.samplers import ddim
@@ -82,15 +82,7 @@ def train(
 
     base: gives tokenizer, text encoder and autoencoder, all frozen, and its UNet to begin with, if it has one.
     """
-    side = recipe.data.size // base.autoencoder.config.downsampling
-    if side != recipe.model.sample_size or recipe.data.size % base.autoencoder.config.downsampling:
-        raise ValueError(
-            f"data.size {recipe.data.size} with model.sample_size {recipe.model.sample_size}; "
-            f"expected {base.autoencoder.config.downsampling} pixels a latent"
-        )
-    if recipe.model.context_width != base.text_encoder.config.width:
-        widths = (recipe.model.context_width, base.text_encoder.config.width)
-        raise ValueError(f"model.context_width {widths[0]} with a text encoder {widths[1]} wide; expected the same")
+    check(recipe, base.autoencoder.config, base.text_encoder.config)
     data = recipe.data.open(cache or folder / "data", processes)
     cache = Cache(data, base, cache or folder / "data", processes)
 
@@ -103,10 +95,7 @@ def train(
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
-    if state := ledger.resume():
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
+    ledger.resume(model=model, optimiser=optimiser, average=average)
     loss_of = processes.wrapped(_Loss(model, recipe))
     if recipe.compile:
         loss_of = torch.compile(loss_of)
@@ -146,6 +135,19 @@ def train(
         modules = {"text_encoder": base.text_encoder, "unet": model.eval(), "autoencoder": base.autoencoder}
         vocabulary = Vocabulary(dict(base.tokenizer.vocabulary), tuple(base.tokenizer.merges))
         model_folder.write(folder / "model", modules, schedule=recipe.schedule, vocabulary=vocabulary)
+
+
+def check(recipe: UNetRecipe, autoencoder: AutoencoderConfig, text: TextConfig) -> None:
+    """Raises ValueError where the recipe does not fit what it is to be trained on top of."""
+    side = recipe.data.size // autoencoder.downsampling
+    if side != recipe.model.sample_size or recipe.data.size % autoencoder.downsampling:
+        raise ValueError(
+            f"data.size {recipe.data.size} with model.sample_size {recipe.model.sample_size}; "
+            f"expected {autoencoder.downsampling} pixels a latent"
+        )
+    if recipe.model.context_width != text.width:
+        widths = (recipe.model.context_width, text.width)
+        raise ValueError(f"model.context_width {widths[0]} with a text encoder {widths[1]} wide; expected the same")
 
 
 class _Loss(nn.Module):
