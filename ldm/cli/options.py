@@ -26,7 +26,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
         "--model",
         "--ckpt",
         metavar="SOURCE",
-        help=f"a checkpoint: .ckpt, .safetensors, a folder, hub:OWNER/NAME (default: ${MODEL_VARIABLE})",
+        help=f"a checkpoint: .ckpt, .safetensors, a folder, hub:OWNER/NAME (default: ${MODEL_VARIABLE}, or else bundled)",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default float32)")
@@ -38,12 +38,14 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> "Components":
     """The model that the options name."""
-    source = args.model or os.environ.get(MODEL_VARIABLE)
-    if not source:
-        raise ValueError(f"no model given; name a checkpoint with --model, or in the variable {MODEL_VARIABLE}")
-
     import ldm
+    from ldm.checkpoint import BUNDLED
 
+    if args.model == "":
+        raise ValueError(
+            f"--model names nothing; name a checkpoint, or leave it out for ${MODEL_VARIABLE} or the bundled model"
+        )
+    source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
     return ldm.load(source, device=device, dtype=_dtype(args, device), **chosen)

@@ -9,7 +9,7 @@ STAGES = {
     "clip": "a text encoder, by contrast with pictures",
     "unet": "a UNet, in the latents of one and on the states of the other",
     "judge": "the classifier that says what a picture of a scene shows",
-    "bundled": "all of these in turn: a whole model of drawn scenes",
+    "bundled": "all of these in turn: the model that ships with the package",
 }
 
 

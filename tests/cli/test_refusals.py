@@ -148,10 +148,9 @@ def test_a_command_that_there_is_not_is_answered_with_those_there_are(command):
         assert done.status == 2 and all(name in done.err for name in ("txt2img", "img2img", "inpaint", "replay", "schedule"))
 
 
-def test_no_prompt_and_no_model_are_asked_for(command, tmp_path):
+def test_a_prompt_is_asked_for_and_a_model_that_has_no_name_is_refused(command, tmp_path):
     refused(command("txt2img", *SMALL), tmp_path, "0 prompts given; expected one of PROMPT, --prompt and --from-file")
-    refused(command("txt2img", PROMPT, *SMALL, model=None), tmp_path, "no model given; name a checkpoint with --model, or in")
-    refused(command("txt2img", PROMPT, *SMALL, model=""), tmp_path, "no model given")
+    refused(command("txt2img", PROMPT, *SMALL, model=""), tmp_path, "--model names nothing; name a checkpoint, or leave it out")
 
 
 def test_a_model_that_is_none_is_refused(command, tmp_path, picture):
