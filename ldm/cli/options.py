@@ -38,13 +38,14 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> "Components":
     """The model that the options name."""
-    import ldm
-    from ldm.checkpoint import BUNDLED
-
     if args.model == "":
         raise ValueError(
             f"--model names nothing; name a checkpoint, or leave it out for ${MODEL_VARIABLE} or the bundled model"
         )
+
+    import ldm
+    from ldm.checkpoint import BUNDLED
+
     source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
