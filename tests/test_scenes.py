@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.scenes import render, world
-from ldm.scenes.captions import RELATIONS, Statement, confused, grammar_words, holds, plain, state, words
+from ldm.scenes.captions import RELATIONS, Statement, confused, grammar_words, holds, opposite, plain, state, words
 from ldm.scenes.judge import labels, verdicts
 from ldm.scenes.world import COLOURS, LAYOUTS, ROLES, SHAPES, SIZES, Scene, Solid, draw, is_held_out, neighbours
 
@@ -220,6 +220,33 @@ def test_what_is_stated_holds_and_what_is_confused_does_not():
         statement = state(scene, rng)
         assert holds(statement, scene.layout, scene.nouns)
         assert not holds(confused(statement, scene, rng), scene.layout, scene.nouns)
+
+
+def test_the_opposite_is_false_and_its_opposite_is_the_statement_again():
+    rng, found = np.random.default_rng(1), 0
+    for scene in SCENES:
+        statement = state(scene, rng)
+        turned = opposite(statement)
+        if turned is None:
+            assert not statement.relations or "next to" in words(statement)
+            continue
+        found += 1
+        assert not holds(turned, scene.layout, scene.nouns)
+        assert turned.nouns == statement.nouns and opposite(turned) == statement
+    assert found > len(SCENES) / 2
+
+
+def test_a_third_of_what_is_confused_tells_left_from_right():
+    """Nothing else in a batch does: of two solids beside each other, the rest is told by other pictures' captions."""
+    rng, told, count = np.random.default_rng(4), 0, 0
+    for scene in SCENES:
+        if scene.layout == "side by side":
+            statement = state(scene, rng)
+            wrong = confused(statement, scene, rng)
+            count += 1
+            told += wrong.relations != statement.relations and {name for _, name, _ in wrong.relations} <= set(RELATIONS[0])
+            told += wrong.nouns == statement.nouns[::-1]
+    assert count > 20 and told > count / 3
 
 
 def test_a_confused_statement_is_never_one_that_is_held_out():

@@ -131,8 +131,8 @@ def facts(layout: str) -> frozenset[Relation]:
 
 
 def confused(statement: Statement, scene: Scene, rng: np.random.Generator) -> Statement:
-    """A statement that is nearly the given one and not true of the scene: colours, shapes or places exchanged, another
-    relation, another colour or shape. Never one that is held out."""
+    """A statement that is nearly the given one and not true of the scene: colours, shapes or places exchanged, the
+    opposite relation or another, another colour or shape. Never one that is held out."""
     for _ in range(100):
         candidate = _changes(statement, rng)
         if not holds(candidate, scene.layout, scene.nouns) and not _says_held_out(candidate):
@@ -140,10 +140,23 @@ def confused(statement: Statement, scene: Scene, rng: np.random.Generator) -> St
     raise AssertionError(f"nothing false was found near {words(statement)!r}")
 
 
+def opposite(statement: Statement) -> Statement | None:
+    """The statement with every relation turned round: false wherever it was true. None if it says "next to" or no relation."""
+    if not statement.relations or any(name == BESIDE for _, name, _ in statement.relations):
+        return None
+    turned = {a: b for pair in RELATIONS for a, b in (pair, pair[::-1])}
+    return replace(statement, relations=tuple((i, turned[name], j) for i, name, j in statement.relations))
+
+
+# How often each way to make a statement false is tried. A batch holds few pictures of the same contents, so that these alone
+# teach who stands where; most of them are about that.
+CHANGES = {"colours": 0.12, "shapes": 0.08, "places": 0.25, "opposite": 0.3, "relation": 0.08, "colour": 0.1, "shape": 0.07}
+
+
 def _changes(statement: Statement, rng: np.random.Generator) -> Statement:
     nouns = list(statement.nouns)
     k = int(rng.integers(len(nouns)))
-    change = rng.choice(("colours", "shapes", "places", "relation", "colour", "shape"), p=(0.2, 0.15, 0.2, 0.2, 0.15, 0.1))
+    change = rng.choice(list(CHANGES), p=list(CHANGES.values()))
     size, colour, shape = nouns[k]
     if len(nouns) > 1 and change in ("colours", "shapes", "places"):
         other = int((k + rng.integers(1, len(nouns))) % len(nouns))
@@ -154,6 +167,8 @@ def _changes(statement: Statement, rng: np.random.Generator) -> Statement:
             "places": (nouns[other], nouns[k]),
         }[change]
         return replace(statement, nouns=tuple(nouns))
+    if change == "opposite" and (turned := opposite(statement)):
+        return turned
     if statement.relations and change == "relation":
         r = int(rng.integers(len(statement.relations)))
         i, _, j = statement.relations[r]

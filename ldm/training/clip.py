@@ -54,6 +54,7 @@ class CLIPRecipe:
     accumulation: int = 1
     seed: int = 0
     dtype: str = "float32"
+    compile: bool = False
     log_every: int = 50
     save_every: int = 500
     test_every: int = 500
@@ -96,6 +97,8 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
     towers = processes.wrapped(model)
+    if recipe.compile:
+        towers = torch.compile(towers)
 
     batch = recipe.batch * processes.count
     for step in range(ledger.step, recipe.steps):
@@ -136,6 +139,8 @@ def check(recipe: CLIPRecipe) -> None:
         raise ValueError(f"accumulation {recipe.accumulation}; contrasts are within a micro-batch, so it must be 1 here")
     if recipe.data.size != recipe.image.image_size:
         raise ValueError(f"data.size {recipe.data.size} with image.image_size {recipe.image.image_size}; expected the same")
+    if recipe.image.width % 4:
+        raise ValueError(f"image.width {recipe.image.width}; expected a multiple of 4, for the waves that places begin as")
     if recipe.image.projection_width != recipe.text.width:
         widths = (recipe.image.projection_width, recipe.text.width)
         raise ValueError(f"image.projection_width {widths[0]} with text.width {widths[1]}; expected the same")
@@ -194,18 +199,29 @@ def _matches(scenes: list[Scene], statements: list[Statement]) -> Tensor:
 
 @torch.no_grad()
 def _test(model: CLIP, unseen: Scenes | Folder, tokenizer: Tokenizer, processes: Processes) -> dict[str, float]:
-    """On pictures that are not trained on: how often the true text beats the almost true one, and all others of the set."""
+    """On pictures that are not trained on: how often the true text beats all others of the set; the almost true one; and, by
+    the axis that two solids stand along, the one that says the opposite."""
     pairs = Pairs(unseen, list(range(len(unseen))), (0,))
-    pixels = normalised(unseen.images(pairs.indices).to(processes.device) / 255)
-    ids = _short(tokenizer(pairs.texts + pairs.false_texts).ids, tokenizer.end).to(processes.device)
-    pictures, texts, _ = model(pixels, ids, tokenizer.end)
+    embed = lambda pixels, texts: model(  # noqa: E731
+        normalised(pixels.to(processes.device) / 255), _short(tokenizer(texts).ids, tokenizer.end).to(processes.device), tokenizer.end
+    )
+    pictures, texts, _ = embed(unseen.images(pairs.indices), pairs.texts + pairs.false_texts)
     count = len(pictures)
     cosines = pictures @ texts.T
     own = cosines[:, :count].diagonal()
     matches = pairs.matches.to(processes.device)
     found = {"test_retrieval": matches.gather(1, cosines[:, :count].argmax(1, keepdim=True)).float().mean().item()}
-    if pairs.false_texts:
-        found["test_true_over_false"] = (own > cosines[:, count:].diagonal()).float().mean().item()
+    if not pairs.false_texts:
+        return found
+    found["test_true_over_false"] = (own > cosines[:, count:].diagonal()).float().mean().item()
+    scenes = [unseen.scene(i) for i in pairs.indices]
+    for layout in ("side by side", "stacked", "in depth"):
+        chosen = [i for i, scene in zip(pairs.indices, scenes, strict=True) if scene.layout == layout]
+        said = [captions.plain(scenes[i], np.random.default_rng(i)) for i in chosen]
+        both = [captions.words(s) for s in said] + [captions.words(captions.opposite(s)) for s in said]
+        pictures, texts, _ = embed(unseen.images(chosen), both)
+        true, false = ((pictures * part).sum(1) for part in texts.chunk(2))
+        found[f"test_{layout.replace(' ', '_')}"] = (true > false).float().mean().item()
     return found
 
 
@@ -239,14 +255,17 @@ class _Gather(torch.autograd.Function):
 
 
 def _initialise(tower: TextEncoder | ImageEncoder) -> None:
-    """Radford et al.'s: small embeddings, and projections into the residual stream the smaller the deeper the tower."""
+    """Radford et al.'s: small embeddings, and projections into the residual stream the smaller the deeper the tower. But the
+    places of patches begin as waves about as large as what patches hold; from small noise, left and right were never learnt."""
     width, layers = tower.config.width, tower.config.layers
     normal = nn.init.normal_
-    normal(tower.position_embedding.weight, std=0.01)
     if isinstance(tower, TextEncoder):
+        normal(tower.position_embedding.weight, std=0.01)
         normal(tower.token_embedding.weight, std=0.02)
     else:
         normal(tower.class_embedding, std=width**-0.5)
+        tower.position_embedding.weight.data[0] = 0
+        tower.position_embedding.weight.data[1:] = 0.5 * waves(tower.config.image_size // tower.config.patch_size, width)
         normal(tower.projection.weight, std=width**-0.5)
     into_residual = width**-0.5 * (2 * layers) ** -0.5
     for layer in tower.layers:
@@ -255,3 +274,13 @@ def _initialise(tower: TextEncoder | ImageEncoder) -> None:
         normal(layer.attention.output.weight, std=into_residual)
         normal(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
         normal(layer.mlp.fc2.weight, std=into_residual)
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Embeddings (side * side, width) of the places of a square of patches: sine and cosine of row and column at width / 4
+    frequencies, of wavelengths from 2 pi patches to 2 pi sides (after Beyer et al. 2022, arXiv:2205.01580, section 2)."""
+    frequencies = side ** -torch.linspace(0, 1, width // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
