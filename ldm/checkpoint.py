@@ -45,7 +45,7 @@ class Components:
     """A whole model, ready to run. `safety` is None where the checkpoint has no safety checker.
 
     `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file,
-    and which of its weights, it came from.
+    and which of its weights, it came from. `guidance_scale` is what it is sampled with where nobody says otherwise.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +56,7 @@ class Components:
     safety: SafetyChecker | None
     sources: Mapping[str, str]
     name: str
+    guidance_scale: float = 7.5
 
 
 def load(
@@ -95,6 +96,7 @@ def load(
         schedule=ScheduleConfig(**dataclasses.asdict(checkpoint.schedule)),
         sources={kind: component.source for kind, component in present.items()},
         name=Path(checkpoint.path).resolve().stem,
+        guidance_scale=checkpoint.sampling.guidance_scale,
         **{"safety": None, **modules},
     )
 

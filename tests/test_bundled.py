@@ -100,6 +100,23 @@ def test_the_order_of_the_words_decides(model, referee):
     assert shown(referee, made.images).count(("stacked", (CUBE, SPHERE))) >= 7
 
 
+def test_its_compositions_are_right(model, referee):
+    """The full figures, of 500 prompts a split, are in the model card; this is what a minute can show of them."""
+    assert composition.evaluate(model, referee, "seen", 60).accuracy() > 0.9
+    assert composition.evaluate(model, referee, "held_out", 60).accuracy() > 0.9
+
+
+def test_image_to_image_keeps_the_more_the_weaker_it_is(model):
+    fresh = Scenes(12347, 1, 64)
+    (source,) = images.to_images(to_unit(fresh.images([0])))
+    pixels = images.to_tensor(source, source.size)
+    apart = []
+    for strength in (0.3, 0.6, 0.9):
+        made = ldm.img2img(model, SENTENCE, source, strength=strength, seed=1).images[0]
+        apart.append((images.to_tensor(made, made.size) - pixels).square().mean().item())
+    assert apart == sorted(apart) and apart[0] < apart[2] / 3
+
+
 # -- The measure itself --------------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,13 @@ class Schedule:
     prediction: str = "epsilon"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a model is sampled with where nobody says otherwise. Large guidance spoils a small model's colours."""
+
+    guidance_scale: float = 7.5
+
+
 Architecture = UNet | Autoencoder | TextEncoder | ImageEncoder | SafetyChecker
 
 COMPONENTS: dict[str, type] = {
@@ -99,7 +106,7 @@ COMPONENTS: dict[str, type] = {
 }
 
 
-def to_json(architecture: Architecture | Schedule) -> dict[str, Any]:
+def to_json(architecture: Architecture | Schedule | Sampling) -> dict[str, Any]:
     """The fields as JSON takes them (tuples become lists)."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(architecture).items()}
 

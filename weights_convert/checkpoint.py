@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_convert.architecture import Schedule
+from weights_convert.architecture import Sampling, Schedule
 from weights_convert.component import Component
 from weights_convert.tokenizer_files import Vocabulary
 
@@ -13,7 +13,8 @@ from weights_convert.tokenizer_files import Vocabulary
 class Checkpoint:
     """The components of a model by kind (`architecture.COMPONENTS`), its noise schedule, and its words.
 
-    `layout` is "native", "compvis" (any single file) or "diffusers". `vocabulary` is None for CLIP's own.
+    `layout` is "native", "compvis" (any single file) or "diffusers". `vocabulary` is None for CLIP's own. `sampling` is what
+    only a native folder says.
     """
 
     path: Path
@@ -21,3 +22,4 @@ class Checkpoint:
     components: Mapping[str, Component]
     schedule: Schedule
     vocabulary: Vocabulary | None = None
+    sampling: Sampling = Sampling()

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     command.add_argument("--count", type=int, default=500, metavar="N", help="prompts of each split (default 500)")
     command.add_argument("--split", action="append", choices=("seen", "held_out"), help="one only (default: both)")
     command.add_argument(
-        "--guidance-scale", "--scale", metavar="G", default="7.5", help="or several, as in 1,2,4 (default 7.5)"
+        "--guidance-scale", "--scale", metavar="G", help="or several, as in 1,2,4 (default: the model's, or 7.5)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     command.add_argument("--judge", metavar="FILE", help="the judge's weights (default: the bundled one)")
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    scales = _scales(args.guidance_scale)
+    scales = _scales(args.guidance_scale) if args.guidance_scale is not None else []
     if args.count < 1:
         raise ValueError(f"count {args.count}; expected 1 or more")
     if args.json and not args.json.resolve().parent.is_dir():
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     for scale in scales:
         checked({**chosen, "guidance_scale": scale, "seed": args.seed})
     components = options.load(args)
+    scales = scales or [components.guidance_scale]
     referee = judge.load(args.judge or bundled_folder() / "judge.safetensors")
     splits = args.split or list(composition.SPLITS)
     rows: list[dict[str, Any]] = []

@@ -57,7 +57,14 @@ def _add_form(command: argparse.ArgumentParser, size: str) -> None:
     group = command.add_argument_group("image")
     group.add_argument("-W", "--width", "--W", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
     group.add_argument("-H", "--height", "--H", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
-    group.add_argument("--guidance-scale", "--scale", "--cfg-scale", type=float, metavar="G", help="0 and up (default 7.5)")
+    group.add_argument(
+        "--guidance-scale",
+        "--scale",
+        "--cfg-scale",
+        type=float,
+        metavar="G",
+        help="0 and up (default: the model's, or 7.5)",
+    )
     group.add_argument(
         "--guidance-interval",
         type=float,

@@ -123,7 +123,7 @@ def prepare(
     components: Components, prompt: str | list[str], size: tuple[int | None, int | None], fields: dict[str, Any]
 ) -> Run:
     """Check every field, encode the prompts and lay the grid. Raises ValueError, one line, before anything is drawn."""
-    settings, prompts = checked(fields), check_prompts(prompt)
+    settings, prompts = checked({"guidance_scale": components.guidance_scale, **fields}), check_prompts(prompt)
     usual = components.unet.config.sample_size * components.autoencoder.config.downsampling
     multiple = components.autoencoder.config.downsampling
     width, height = (usual if side is None else side for side in size)

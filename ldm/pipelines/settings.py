@@ -26,7 +26,7 @@ class Settings:
 
     negative_prompt: what the prompt is contrasted with.
     steps: of the sampler, 1 to the schedule's 1000 (some conventions have no grid for some of them, and say so).
-    guidance_scale: 0 and up. 1 is the prompt alone, 0 the negative prompt alone.
+    guidance_scale: 0 and up. 1 is the prompt alone, 0 the negative prompt alone. A model may have a default of its own.
     guidance_interval: (lowest, highest) timestep at which guidance acts, all of them by default.
     sampler: any spelling that `ldm.samplers.find` knows; "... Karras" and "... Exponential" also set the spacing.
     spacing: one of `SPACINGS` instead of the convention's own.

@@ -24,6 +24,7 @@ from ldm.training.data import Scenes, to_unit
 from ldm.training.ledger import METRICS, write
 from ldm.training.processes import Processes
 from ldm.training.recipe import make, read
+from weights_convert.architecture import Sampling
 
 RECIPE = Path(__file__).with_suffix(".toml")
 
@@ -60,6 +61,7 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
     painting = make(unet.UNetRecipe, tables.get("unet", {}), f"{recipe}, unet")
 
     power = make(PowerRecipe, tables.get("power", {}), f"{recipe}, power")
+    sampling = make(Sampling, tables.get("sampling", {}), f"{recipe}, sampling")
     passing = make(GateRecipe, tables.get("gate", {}), f"{recipe}, gate")
 
     autoencoder.check(coding)
@@ -94,7 +96,7 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
             "image_encoder": model_folder.read(stages["clip"] / "model", "image_encoder"),
         }
         vocabulary = model_folder.read_vocabulary(stages["clip"] / "model")
-        model_folder.write(done, modules, schedule=painting.schedule, vocabulary=vocabulary, dtype="float16")
+        model_folder.write(done, modules, schedule=painting.schedule, vocabulary=vocabulary, sampling=sampling, dtype="float16")
         (done / "judge.safetensors").write_bytes((stages["judge"] / "judge.safetensors").read_bytes())
         write(done / "training.json", json.dumps(log(stages, figures, power), indent=1) + "\n")
     return done

@@ -202,9 +202,11 @@ def _test(model: CLIP, unseen: Scenes | Folder, tokenizer: Tokenizer, processes:
     """On pictures that are not trained on: how often the true text beats all others of the set; the almost true one; and, by
     the axis that two solids stand along, the one that says the opposite."""
     pairs = Pairs(unseen, list(range(len(unseen))), (0,))
-    embed = lambda pixels, texts: model(  # noqa: E731
-        normalised(pixels.to(processes.device) / 255), _short(tokenizer(texts).ids, tokenizer.end).to(processes.device), tokenizer.end
-    )
+
+    def embed(pixels: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        ids = _short(tokenizer(texts).ids, tokenizer.end).to(processes.device)
+        return model(normalised(pixels.to(processes.device) / 255), ids, tokenizer.end)
+
     pictures, texts, _ = embed(unseen.images(pairs.indices), pairs.texts + pairs.false_texts)
     count = len(pictures)
     cosines = pictures @ texts.T

@@ -12,7 +12,7 @@ import weights_convert
 from ldm.checkpoint import load_module
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.text.tokenizer import Tokenizer
-from weights_convert.architecture import COMPONENTS, Schedule
+from weights_convert.architecture import COMPONENTS, Sampling, Schedule
 from weights_convert.checkpoint import Checkpoint
 from weights_convert.component import Component
 from weights_convert.tokenizer_files import Vocabulary, clip_vocabulary
@@ -24,6 +24,7 @@ def write(
     *,
     schedule: ScheduleConfig | None = None,
     vocabulary: Vocabulary | None = None,
+    sampling: Sampling | None = None,
     dtype: str | None = None,
 ) -> None:
     """Write modules, by kind, each with its `config`. What was in the folder's place goes when the new one is whole."""
@@ -37,7 +38,8 @@ def write(
     noise = Schedule(**dataclasses.asdict(schedule or ScheduleConfig()))
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    weights_convert.write(Checkpoint(fresh, "native", components, noise, vocabulary), fresh, "native", dtype)
+    whole = Checkpoint(fresh, "native", components, noise, vocabulary, sampling or Sampling())
+    weights_convert.write(whole, fresh, "native", dtype)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

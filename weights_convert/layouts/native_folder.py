@@ -1,6 +1,7 @@
 """The native folder: `model.json` and one `KIND.safetensors` a component, in the names that the modules of `ldm` have.
 
-model.json                 {"format": 1, "components": {KIND: fields of architecture.py}, "schedule": fields}
+model.json                 {"format": 1, "components": {KIND: fields of architecture.py}, "schedule": fields}; and
+                           "sampling": fields, where the model has a guidance scale of its own
 text_encoder.safetensors   and unet, autoencoder, safety, image_encoder, as listed in model.json
 vocab.json, merges.txt     only where the vocabulary is not CLIP's own
 """
@@ -8,7 +9,7 @@ vocab.json, merges.txt     only where the vocabulary is not CLIP's own
 from collections.abc import Sequence
 from pathlib import Path
 
-from weights_convert.architecture import COMPONENTS, Schedule, from_json, to_json
+from weights_convert.architecture import COMPONENTS, Sampling, Schedule, from_json, to_json
 from weights_convert.checkpoint import Checkpoint
 from weights_convert.component import is_listed, match
 from weights_convert.containers import open_tensors
@@ -36,7 +37,8 @@ def read(path: Path, *, ignore: Sequence[str] = ()) -> Checkpoint:
         file = open_tensors(path / f"{kind}.safetensors")
         specs = {name: spec for name, spec in file.specs.items() if not is_listed(name, ignore)}
         components[kind] = match(file, Found(kind, "native", ""), specs, stated=architecture)
-    return Checkpoint(path, "native", components, schedule, read_vocabulary(path))
+    sampling = from_json(Sampling, index.get("sampling", {}), where)
+    return Checkpoint(path, "native", components, schedule, read_vocabulary(path), sampling)
 
 
 def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[str]:
@@ -48,7 +50,10 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
             foreign = to_foreign(component.architecture, "native", cast(component, dtype))
             save(foreign, folder / f"{kind}.safetensors", {})
         components = {kind: to_json(component.architecture) for kind, component in checkpoint.components.items()}
-        write_json(folder / INDEX, {"format": FORMAT, "components": components, "schedule": to_json(checkpoint.schedule)})
+        index = {"format": FORMAT, "components": components, "schedule": to_json(checkpoint.schedule)}
+        if checkpoint.sampling != Sampling():
+            index["sampling"] = to_json(checkpoint.sampling)
+        write_json(folder / INDEX, index)
         if checkpoint.vocabulary:
             write_vocabulary(folder, checkpoint.vocabulary)
     return []
