@@ -141,6 +141,10 @@ def test_a_native_index_is_refused_fast_where_a_field_is_no_sensible_number(nati
         ({"components": {"safety": {}}}, "safety.safetensors: cannot be read (No such file or directory)"),
         ({"schedule": {"beta_schedule": "sigmoid"}}, "beta_schedule is 'sigmoid'; expected scaled_linear or linear or cosine"),
         ({"schedule": {"train_steps": 10**9}}, "train_steps is 1000000000; expected at most"),
+        ({"sampling": 3}, "expected a JSON object of Sampling fields, found int"),
+        ({"sampling": {"guidance": 3.0}}, "unknown field 'guidance' of Sampling; known are guidance_scale"),
+        ({"sampling": {"guidance_scale": "3"}}, "guidance_scale is '3'; expected something like 7.5"),
+        ({"sampling": {"guidance_scale": -1}}, "guidance_scale is -1; expected something like 7.5"),
     ],
     ids=str,
 )

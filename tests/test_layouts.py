@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import ldm
 import weights_convert
 from tests import seeded
 from tests.checkpoints import FULL, NAMINGS, SMALL, manifest, same, saved, tensors_of
+from tests.refusal import edit
 from weights_convert import architecture, writing
+from weights_convert.__main__ import main
 from weights_convert.checkpoint import Checkpoint
 from weights_convert.component import Component
 from weights_convert.layouts import schedule_buffers, single_file
@@ -39,6 +42,18 @@ def test_a_layout_and_back_to_native_is_bit_exact(tiny_native, tmp_path, to, nam
     assert same(tensors_of(tmp_path / "back"), {k: v.to(target) for k, v in tensors_of(tiny_native).items()})
     back = weights_convert.read(tmp_path / "back")
     assert {k: c.architecture for k, c in back.components.items()} == {k: c.architecture for k, c in source.components.items()}
+
+
+def test_a_guidance_scale_of_the_models_own_stays_in_native_folders_and_is_told_where_it_cannot(tiny_native, tmp_path, capsys):
+    model = shutil.copytree(tiny_native, tmp_path / "model")
+    assert "sampling" not in json.loads((model / "model.json").read_text())
+    edit(model / "model.json", sampling={"guidance_scale": 3})
+    assert ldm.load(model).guidance_scale == 3
+    for to, name in ("native", "n"), ("diffusers", "d"), ("compvis", "c.safetensors"):
+        assert main([str(model), str(tmp_path / name), "--to", to]) == 0
+        kept = weights_convert.read(tmp_path / name).sampling.guidance_scale == 3
+        told = "left out: guidance_scale 3 (a" in capsys.readouterr().out
+        assert (kept, told) == ((True, False) if to == "native" else (False, True))
 
 
 def test_a_single_file_of_sd_v1_has_the_names_and_shapes_of_the_manifest(tmp_path, monkeypatch):

@@ -51,6 +51,14 @@ def mask(picture) -> Image.Image:
     return made
 
 
+def test_a_model_is_guided_as_it_asks_unless_told_otherwise(model):
+    own = dataclasses.replace(model, guidance_scale=2.0)
+    by_default, told = ldm.txt2img(own, PROMPT, **SMALL), ldm.txt2img(own, PROMPT, **SMALL, guidance_scale=7.5)
+    assert torch.equal(by_default.latents, ldm.txt2img(model, PROMPT, **SMALL, guidance_scale=2.0).latents)
+    assert torch.equal(told.latents, ldm.txt2img(model, PROMPT, **SMALL).latents)
+    assert [result.receipts[0]["guidance_scale"] for result in (by_default, told)] == [2.0, 7.5]
+
+
 class StandIn:
     """In the place of a UNet: a function (x, t, context) -> eps, that notes how it was asked."""
 

@@ -25,6 +25,7 @@ from ldm.training import autoencoder, clip, recipe, unet
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, drawn, keep
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig, _matrix
 from ldm.training.processes import Processes, generator
+from weights_convert.architecture import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
@@ -74,6 +75,12 @@ count = 64
 steps = 4
 batch = 8
 log_every = 2
+"""
+GATE = """
+[gate]
+psnr = 1.0
+lost = 1.0
+count = 8
 """
 RESULT = {
     "autoencoder": "model/autoencoder.safetensors",
@@ -191,6 +198,14 @@ def largest_difference(one, other):
     return max((a[name] - b[name]).abs().max().item() for name in a if not name.endswith("attention.key.bias"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["clip", "unet"])
+def test_a_compiled_run_trains_the_same_model(workshop, tmp_path, stage):
+    plain = workshop.train(stage, tmp_path / "plain", "optimiser.name=adamw")
+    compiled = workshop.train(stage, tmp_path / "compiled", "optimiser.name=adamw", "compile=true")
+    assert largest_difference(plain, compiled) < 1e-5
+
+
 def test_what_unet_training_makes_is_a_model_that_makes_pictures(workshop, tmp_path):
     workshop.train("unet", tmp_path / "run")
     model = ldm.load(tmp_path / "run" / "model")
@@ -225,6 +240,7 @@ def test_resuming_with_another_recipe_is_refused(workshop, tmp_path, capsys):
         ("clip", ["vocabulary=clip"], "text.vocabulary_size 645 for 49408 tokens; expected at least that many"),
         ("clip", ["vocabulary=mine"], "vocabulary 'mine'; expected clip or scenes"),
         ("clip", ["text.width=48"], "image.projection_width 32 with text.width 48; expected the same"),
+        ("clip", ["image.width=42"], "image.width 42; expected a multiple of 4, for the waves that places begin as"),
         ("clip", ["accumulation=2"], "accumulation 2; contrasts are within a micro-batch, so it must be 1 here"),
         ("unet", ["data.size=32"], "data.size 32 with model.sample_size 8; expected 8 pixels a latent"),
         ("unet", ["model.context_width=768"], "model.context_width 768 with a text encoder 32 wide; expected the same"),
@@ -262,11 +278,12 @@ def test_options_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys, optio
 
 
 def test_bundled_training_goes_from_nothing_to_a_model(tmp_path):
-    (tmp_path / "recipe.toml").write_text(RECIPE + JUDGE + "[gate]\npsnr = 1.0\nlost = 1.0\ncount = 8\n")
+    (tmp_path / "recipe.toml").write_text(RECIPE + JUDGE + GATE + "[sampling]\nguidance_scale = 2.5\n")
     command = ["train", "bundled", "--out", str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.toml"), "-q"]
     assert run(command) == 0
     made = tmp_path / "out" / "bundled"
     model = ldm.load(made)
+    assert model.guidance_scale == 2.5
     assert ldm.txt2img(model, "a cone", steps=1, seed=0).images[0].size == (64, 64)
     log = json.loads((made / "training.json").read_text())
     assert list(log["stages"]) == ["judge", "autoencoder", "clip", "unet"]
@@ -376,6 +393,15 @@ def test_texts_that_fit_a_picture_share_it_and_false_ones_take_from_it():
     far, _ = clip.contrast(pictures, pictures, -pictures, torch.tensor(50.0), torch.eye(3, dtype=torch.bool))
     near, right = clip.contrast(pictures, pictures, pictures, torch.tensor(50.0), torch.eye(3, dtype=torch.bool))
     assert far < 1e-6 and near.item() == pytest.approx(math.log(2) / 2, rel=1e-3) and right == 1
+
+
+def test_the_waves_of_places_tell_each_place_from_all_others_and_know_distance():
+    """Moving both places by as much leaves their product as it is: what is between them is all that counts."""
+    places = clip.waves(8, 64)
+    products = (places @ places.T).unflatten(0, (8, 8)).unflatten(2, (8, 8))
+    assert places.abs().max() <= 1 and torch.allclose(places.square().sum(1), torch.tensor(32.0))
+    assert (places @ places.T).fill_diagonal_(0).max() < 32 * 0.97
+    assert torch.allclose(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4)
 
 
 def test_texts_that_are_cut_short_have_the_same_embedding():
@@ -632,6 +658,7 @@ def test_the_bundled_models_recipe_is_one():
         "unet": unet.UNetRecipe,
         "gate": bundled.GateRecipe,
         "power": bundled.PowerRecipe,
+        "sampling": Sampling,
     }
     assert set(tables) <= set(kinds)
     for name, table in tables.items():

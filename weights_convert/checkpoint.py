@@ -1,5 +1,6 @@
 """A whole checkpoint, whatever it was read from: the common form between reading and writing."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,3 +24,9 @@ class Checkpoint:
     schedule: Schedule
     vocabulary: Vocabulary | None = None
     sampling: Sampling = Sampling()
+
+
+def sampling_in_words(checkpoint: Checkpoint) -> list[str]:
+    """What `sampling` says that is not the default, for a layout that has no place for it."""
+    chosen = dataclasses.asdict(checkpoint.sampling).items() - dataclasses.asdict(Sampling()).items()
+    return [f"{name} {value:g}" for name, value in sorted(chosen)]

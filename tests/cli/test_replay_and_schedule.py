@@ -228,10 +228,11 @@ def test_the_defaults_in_the_help_are_those_of_the_settings(task):
     spelled = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in defaults.items()}
     for option, name in (
         *(("--steps", "steps"), ("--sampler", "sampler"), ("--convention", "convention"), ("--eta", "eta")),
-        *(("--guidance-scale", "guidance_scale"), ("--num-images", "num_images"), ("--batch-size", "batch_size")),
+        *(("--num-images", "num_images"), ("--batch-size", "batch_size")),
     ):
         described = re.search(rf"{option}\b(?:(?!\(default).)*\(default ([^)]*)\)", text.partition("prompt:")[2])
         assert described and described.group(1) == spelled[name], (option, described)
+    assert f"(default: the model's, or {spelled['guidance_scale']})" in text
     assert (defaults["seed"], defaults["tile"], defaults["spacing"], defaults["guidance_interval"]) == (None,) * 4
 
 

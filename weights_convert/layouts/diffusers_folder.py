@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weights_convert.architecture import Schedule
-from weights_convert.checkpoint import Checkpoint
+from weights_convert.checkpoint import Checkpoint, sampling_in_words
 from weights_convert.component import Component, check_none_left, is_listed, match
 from weights_convert.containers import open_tensors
 from weights_convert.detect import components
@@ -110,7 +110,8 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
                 config |= {"bos_token_id": tokens[START], "eos_token_id": tokens[END], "pad_token_id": tokens[END]}
             write_json(folder / subfolder / "config.json", config)
         _write_rest(checkpoint, folder)
-    return [f"the {kind} (a diffusers folder has no place for it)" for kind in checkpoint.components if kind not in FOLDERS]
+    left = [f"the {kind}" for kind in checkpoint.components if kind not in FOLDERS] + sampling_in_words(checkpoint)
+    return [f"{what} (a diffusers folder has no place for it)" for what in left]
 
 
 def _write_rest(checkpoint: Checkpoint, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_convert.architecture import COMPONENTS, Architecture, Schedule, from_json, to_json
-from weights_convert.checkpoint import Checkpoint
+from weights_convert.checkpoint import Checkpoint, sampling_in_words
 from weights_convert.component import Component, check_none_left, is_listed, match
 from weights_convert.containers import Spec, TensorFile, open_tensors
 from weights_convert.detect import Found, components, other_model
@@ -151,8 +151,9 @@ def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[
             tensors |= {prefix + name: tensor for name, tensor in foreign.items()}
         tensors[PREFIXES["text_encoder"] + POSITION_IDS] = _position_ids(checkpoint)
         save(tensors, temporary, _description(checkpoint))
-    left = [f"the {kind} (a single file has no place for it)" for kind in checkpoint.components if kind not in PREFIXES]
-    return left + (["the vocabulary (a single file has no place for it)"] if checkpoint.vocabulary else [])
+    left = [f"the {kind}" for kind in checkpoint.components if kind not in PREFIXES]
+    left += (["the vocabulary"] if checkpoint.vocabulary else []) + sampling_in_words(checkpoint)
+    return [f"{what} (a single file has no place for it)" for what in left]
 
 
 def _position_ids(checkpoint: Checkpoint) -> Any:
