@@ -28,14 +28,15 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status."""
     args = parser().parse_args(arguments)
-    stops = []
+    args.stops = stops = []
 
     def stop(number: int, _: Any) -> None:
-        """As Ctrl-C: leave through every `finally`, so that no partial file stays."""
+        """Leave through every `finally`, so that no partial file stays. Python drops an exception that is raised while an
+        object is taken down, so who works in a long loop looks at `stops` too."""
         stops.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         status = args.run(args) or 0
         print(end="", flush=True)
@@ -52,7 +53,8 @@ def run(arguments: list[str] | None = None) -> int:
         _say(" ".join(str(error).split()) or type(error).__name__)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:

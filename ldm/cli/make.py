@@ -118,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
     with Progress(args, components, portions, drawn) as progress:
         try:
             for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
+                if args.stops:
+                    raise KeyboardInterrupt
                 progress.describe(made, total)
                 result = _pipeline(args.task)(components, portion, **sources, **fields, after_step=progress.after_step)
                 for picture, receipt in zip(result.images, result.receipts, strict=True):
