@@ -39,6 +39,16 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-n", "--negative-prompt", "--negative_prompt", metavar="TEXT", help="what the prompt is contrasted with"
     )
+    group.add_argument(
+        "--prompt-syntax", metavar="SYNTAX", help="plain, compel (word++, (a phrase)0.8) or a1111 ((x:1.3), [x]); default plain"
+    )
+    group.add_argument("--compel", dest="prompt_syntax", action="store_const", const="compel", help="short for that syntax")
+    group.add_argument(
+        "--long-prompt", metavar="HOW", help="cut, or in several windows: windows, sentences or commas (default cut)"
+    )
+    group.add_argument(
+        "--clip-skip", type=int, metavar="N", help="the text encoder's layer, counted from the end (default 1, the last)"
+    )
 
 
 def _add_image(command: argparse.ArgumentParser, task: str) -> None:
@@ -114,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     settings |= {"seed": given.seed, **_sides(args)}
     whole = HABITS[given.convention].one_generator
     portions = len(prompts) if whole else -(-total // given.batch_size)
-    _warn_of_cut_off(components, [*prompts, given.negative_prompt])
+    _warn_of_cut_off(components, prompts, given)
     with Progress(args, components, portions, drawn) as progress:
         try:
             for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
@@ -231,8 +241,10 @@ def _pipeline(task: str) -> Callable[..., Any]:
     return getattr(ldm, task)
 
 
-def _warn_of_cut_off(components: Any, prompts: list[str]) -> None:
+def _warn_of_cut_off(components: Any, prompts: list[str], settings: Any) -> None:
+    from ldm.pipelines.conditioning import read
+
     room = components.tokenizer.length - 2  # between the two marks
-    for cut_off in dict.fromkeys(components.tokenizer(prompts).cut_off):
+    for cut_off in dict.fromkeys(read(components, prompts, settings).cut_off()):
         if cut_off:
-            options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}")
+            options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}; see --long-prompt")

@@ -11,17 +11,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V (eq. 1) in one fused kernel: (b, h, n, d), (b, h, m, d), (b, h, m, d) -> (b, h, n, d)."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V (eq. 1) in one fused kernel: (b, h, n, d), (b, h, m, d), (b, h, m, d) -> (b, h, n, d).
+
+    causal: attend backwards only. mask: or to what is True in it, (b, 1, n, m) or (b, 1, 1, m); not both.
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """The same written out, with the (b, h, n, m) scores in memory: what `attention` is tested against."""
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)
         scores = scores.masked_fill(future, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1) @ value
 
 
@@ -44,10 +49,17 @@ class Attention(nn.Module):
         """Both projections of the context, (b, h, m, d) each: all that attention needs to know of it."""
         return self._split(self.key(context)), self._split(self.value(context))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None, *, causal: bool = False) -> Tensor:
-        """Attend from x to `keys_values`, or to x itself where they are not given."""
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from x to `keys_values`, or to x itself where they are not given. causal, mask: as in `attention`."""
         key, value = self.keys_values(x) if keys_values is None else keys_values
-        attended = attention(self._split(self.query(x)), key, value, causal=causal)
+        attended = attention(self._split(self.query(x)), key, value, causal=causal, mask=mask)
         return self.output(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _split(self, x: Tensor) -> Tensor:

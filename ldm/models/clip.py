@@ -70,8 +70,8 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, mlp_width)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        x = x + self.attention(self.norm1(x), causal=causal)
+    def forward(self, x: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), causal=causal, mask=mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -91,10 +91,13 @@ class TextEncoder(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, *, clip_skip: int = 1) -> Tensor:
+        """mask: which tokens may be attended to, (b, n) of bool; all where it is left out. clip_skip: at which layer to stop,
+        counted from the end: 1 is the last, 2 the one before it. The final norm follows in any case."""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x, causal=True)
+        visible = None if mask is None else mask[:, None, None] & mask.new_ones(2 * ids.shape[1:]).tril()
+        for layer in self.layers[: len(self.layers) + 1 - clip_skip]:
+            x = layer(x, causal=visible is None, mask=visible)
         return self.final_norm(x)
 
 
@@ -137,5 +140,5 @@ class ImageEncoder(nn.Module):
         x = torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
         x = self.pre_norm(x)
         for layer in self.layers:
-            x = layer(x, causal=False)
+            x = layer(x)
         return self.projection(self.post_norm(x[:, 0]))  # only the class token is read

@@ -17,6 +17,7 @@ from ldm.diffusion.conventions import from_image, make_grid
 from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import Widen, guided, levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model
+from ldm.pipelines.conditioning import read
 from ldm.pipelines.draws import Draws, Shape
 from ldm.pipelines.habits import HABITS, Habits
 from ldm.pipelines.settings import SEEDS_BELOW, Settings, check_prompts, check_side, checked
@@ -124,6 +125,7 @@ def prepare(
 ) -> Run:
     """Check every field, encode the prompts and lay the grid. Raises ValueError, one line, before anything is drawn."""
     settings, prompts = checked({"guidance_scale": components.guidance_scale, **fields}), check_prompts(prompt)
+    conditioning = read(components, prompts, settings)
     usual = components.unet.config.sample_size * components.autoencoder.config.downsampling
     multiple = components.autoencoder.config.downsampling
     width, height = (usual if side is None else side for side in size)
@@ -138,9 +140,7 @@ def prepare(
         convention=settings.convention,
         spacing=settings.spacing,
     )
-    tokens = components.tokenizer([settings.negative_prompt, *prompts])
-    device = components.text_encoder.token_embedding.weight.device
-    contexts = components.text_encoder(tokens.ids.to(device))
+    contexts = conditioning.contexts()
     return Run(
         components=components,
         settings=settings,
@@ -148,10 +148,10 @@ def prepare(
         sampler=all_samplers()[settings.sampler],
         grid=grid,
         prompts=[text for text in prompts for _ in range(settings.num_images)],
-        cut_off=[text for text in tokens.cut_off[1:] for _ in range(settings.num_images)],
-        negative_cut_off=tokens.cut_off[0],
-        uncond=contexts[:1],
-        conds=contexts[1:],
+        cut_off=[text for text in contexts.cut_off[1:] for _ in range(settings.num_images)],
+        negative_cut_off=contexts.cut_off[0],
+        uncond=contexts.states[:1],
+        conds=contexts.states[1:],
     )
 
 

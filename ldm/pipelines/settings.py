@@ -14,10 +14,13 @@ from typing import Any
 
 from ldm.diffusion.conventions import CONVENTIONS, IN_SIGMA, SPACINGS
 from ldm.samplers import find, plain
+from ldm.text.encoding import SYNTAXES
+from ldm.text.windows import LONG_PROMPTS
 
 DRAWN_BELOW = 2**32  # a drawn seed is short enough to be noted down
 SEEDS_BELOW = 2**64  # what torch's generators take
 LONGEST_SIDE = 2**16  # pixels; longer ones are slips of the keyboard
+LOWERED = ("spacing", "convention", "prompt_syntax", "long_prompt")  # may be spelled in capitals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,9 @@ class Settings:
     num_images: how many of each prompt, 1 and up. batch_size: how many go through the network together; all of them in the
         conventions whose images have one generator in common.
     tile: side in pixels of the tiles in which the autoencoder takes large pictures, None for all at once.
+    prompt_syntax: "plain", "compel" or "a1111": how prompts are weighted; see `ldm.text.encoding`.
+    long_prompt: "cut" to what the model reads at once, or in several windows: "windows", "sentences", "commas".
+    clip_skip: the text encoder's layer that is used, counted from the end: 1 is the last.
     decode: False leaves out the pictures and returns latents alone.
     """
 
@@ -51,6 +57,9 @@ class Settings:
     num_images: int = 1
     batch_size: int = 4
     tile: int | None = None
+    prompt_syntax: str = "plain"
+    long_prompt: str = "cut"
+    clip_skip: int = 1
     decode: bool = True
 
 
@@ -62,7 +71,7 @@ def checked(fields: dict[str, Any]) -> Settings:
             near = difflib.get_close_matches(name.removeprefix("num_inference_"), names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
             raise ValueError(f"unknown setting {name!r}; {hint}")
-    asked = Settings(**{name: _lower(value) if name in ("spacing", "convention") else value for name, value in fields.items()})
+    asked = Settings(**{name: _lower(value) if name in LOWERED else value for name, value in fields.items()})
     _check_text("negative_prompt", asked.negative_prompt)
     _check_whole("steps", asked.steps, 1)
     _check_number("guidance_scale", asked.guidance_scale, 0, math.inf)
@@ -74,6 +83,9 @@ def checked(fields: dict[str, Any]) -> Settings:
         check_side("tile", asked.tile, 8)
     if not isinstance(asked.decode, bool):
         raise ValueError(f"decode {asked.decode!r}; expected True or False")
+    _check_choice("prompt_syntax", asked.prompt_syntax, tuple(SYNTAXES))
+    _check_choice("long_prompt", asked.long_prompt, LONG_PROMPTS)
+    _check_whole("clip_skip", asked.clip_skip, 1)
     _check_choice("convention", asked.convention, tuple(CONVENTIONS))
     if asked.spacing is not None:
         _check_choice("spacing", asked.spacing, SPACINGS)

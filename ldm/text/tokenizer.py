@@ -10,10 +10,16 @@ on curly quotes, HTML entities, ligatures, final sigma and the like:
 
 A text has room for 75 tokens between start and end mark. What does not fit is cut off, and reported. The rest is padded
 with end marks, as Stable Diffusion was trained (OpenAI's own code pads with 0).
+
+Placeholders are words with ids of their own, for vectors that were learned for them (Gal et al. 2022, arXiv:2208.01618). They
+are found first, in the cleaned text, and what stands between them is split as if it stood alone. That is what transformers
+does with added tokens, but that a placeholder which begins or ends with a letter or digit is not found within a word.
 """
 
+import copy
 import gzip
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +36,7 @@ STYLES = ("hf", "openai")
 CLIP_MERGES = 49152 - 256 - 2  # of the lines in the file, those that CLIP uses
 # The marks, English contractions, runs of letters, single digits, runs of anything else but white space.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SEAM = r"(?:(?<![\p{L}\p{N}])|(?![\p{L}\p{N}]))"  # anywhere but between two letters or digits
 
 
 class Token(NamedTuple):
@@ -48,7 +55,10 @@ class Tokens:
 
 
 class Tokenizer:
-    """Prompts -> token ids. `start` and `end` are the ids of the marks, `length` is what every prompt is padded to."""
+    """Prompts -> token ids. `start` and `end` are the ids of the marks, `length` is what every prompt is padded to.
+
+    `placeholders`: the words with ids of their own, as they look once cleaned -> their ids.
+    """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[str], length: int = 77, style: str = "hf"):
         """vocabulary: token -> id; merges: "left right" in order of rank. See `clip` for CLIP's own."""
@@ -62,12 +72,36 @@ class Tokenizer:
         self._merger = models.BPE(
             vocab=dict(vocabulary), merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
         )
-        self._split = {"hf": _HuggingFace, "openai": _OpenAI}[style](self._merger, vocabulary)
+        self._style = {"hf": _HuggingFace, "openai": _OpenAI}[style](self._merger, vocabulary)
+        self.placeholders: Mapping[str, tuple[int, ...]] = {}
+        self._split = self._style.split
 
     @classmethod
     def clip(cls, length: int = 77, style: str = "hf") -> "Tokenizer":
         """The tokenizer of CLIP and Stable Diffusion v1, from the merges that ship with the package."""
         return cls(*clip_vocabulary(), length, style)
+
+    def with_placeholders(self, placeholders: Mapping[str, Sequence[int]]) -> "Tokenizer":
+        """A tokenizer that also puts these ids wherever their placeholder stands: in any case, the longest where several fit.
+
+        A placeholder may be a word that the vocabulary has, which it then hides. Where its ids do not all fit, those that do
+        are kept, as diffusers does, and the placeholder is reported as cut off.
+        Raises ValueError for one that is blank, holds white space or a mark, or is taken by another one.
+        """
+        known = dict(self.placeholders)
+        for placeholder, ids in placeholders.items():
+            _check_whole(placeholder, f"placeholder {placeholder!r}")
+            name = self._style.written(placeholder)
+            if not name or re.search(r"\s", name) or START in name or END in name:
+                rule = f"a word without white space, {START} or {END}"
+                raise ValueError(f"placeholder {placeholder!r}; expected {rule}; give it another name")
+            if name in known:
+                raise ValueError(f"placeholder {placeholder!r} is taken; give one of the two another name")
+            known[name] = tuple(ids)
+        made = copy.copy(self)
+        made.placeholders = known
+        made._split = _Placeholders(self._style, known).split if known else self._style.split
+        return made
 
     def __call__(self, prompts: str | Iterable[str]) -> Tokens:
         """Start mark, at most length - 2 tokens, end mark, end marks to fill: ids (b, length) and what was cut off."""
@@ -82,33 +116,49 @@ class Tokenizer:
         return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(prompts), self.length), tuple(cut_off))
 
     def tokens(self, prompt: str) -> tuple[str, list[Token]]:
-        """The text that was split (the prompt itself, or OpenAI's cleaned form of it) and all its tokens, without marks."""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt holds half a character (a lone surrogate) at position {error.start}") from None
-        return self._split(prompt)
+        """The text that was split (the prompt itself, or OpenAI's cleaned form of it) and all its tokens, without marks.
+
+        All tokens of a placeholder start where it starts.
+        """
+        _check_whole(prompt, "the prompt")
+        text = self._style.clean(prompt)
+        return text, self._split(text)
+
+
+def _check_whole(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a character (a lone surrogate) at position {error.start}") from None
 
 
 class _HuggingFace:
-    """Cleaning and splitting as transformers sets up the tokenizers library; positions are in the prompt as given."""
+    """Cleaning and splitting as transformers sets up the tokenizers library, which cleans as it splits: positions are in the
+    prompt as given."""
 
     def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
         self._tokenizer = tokenizers.Tokenizer(merger)
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
+        cleaning = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        self.normalizer = self._tokenizer.normalizer = normalizers.Sequence(cleaning)
         split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         self._tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (START, END)])
 
-    def __call__(self, prompt: str) -> tuple[str, list[Token]]:
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        return prompt, [Token(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+    def clean(self, prompt: str) -> str:
+        return prompt
+
+    def written(self, placeholder: str) -> str:
+        return self.normalizer.normalize_str(placeholder)
+
+    def split(self, text: str) -> list[Token]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [Token(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 class _OpenAI:
     """Cleaning and splitting by the libraries that OpenAI's code uses; positions are in the cleaned text."""
+
+    normalizer = None  # the text is cleaned before it is split
 
     def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
         try:
@@ -122,10 +172,15 @@ class _OpenAI:
         self._white_space = regex.compile(r"\s+")
         self._word = regex.compile(WORD, regex.IGNORECASE)
 
-    def __call__(self, prompt: str) -> tuple[str, list[Token]]:
+    def clean(self, prompt: str) -> str:
         text = html.unescape(html.unescape(self._repair(prompt))).strip()
-        text = self._white_space.sub(" ", text).strip().lower()
-        return text, [token for word in self._word.finditer(text) for token in self._merge(word.group(), word.start())]
+        return self._white_space.sub(" ", text).strip().lower()
+
+    def written(self, placeholder: str) -> str:
+        return self.clean(placeholder)
+
+    def split(self, text: str) -> list[Token]:
+        return [token for word in self._word.finditer(text) for token in self._merge(word.group(), word.start())]
 
     def _merge(self, word: str, start: int) -> list[Token]:
         if word in self._marks:
@@ -134,6 +189,28 @@ class _OpenAI:
         raw = word.encode()
         merged = self._merger.tokenize("".join(letters[byte] for byte in raw))
         return [Token(t.id, start + len(raw[: t.offsets[0]].decode(errors="ignore"))) for t in merged]
+
+
+class _Placeholders:
+    """Finds placeholders and lets a style split the text between them. The tokenizers library looks for them, since it alone
+    knows where in the prompt a place in the cleaned text comes from: each is a word to it, and all else is word 0."""
+
+    def __init__(self, style: _HuggingFace | _OpenAI, placeholders: Mapping[str, tuple[int, ...]]):
+        numbers = {"": 0} | {name: number for number, name in enumerate(placeholders, start=1)}
+        self._finder = tokenizers.Tokenizer(models.WordLevel(numbers, unk_token=""))
+        if style.normalizer is not None:
+            self._finder.normalizer = style.normalizer
+        longest_first = sorted(placeholders, key=len, reverse=True)
+        marks, names = ("|".join(map(re.escape, words)) for words in ((START, END), longest_first))
+        self._finder.pre_tokenizer = pre_tokenizers.Split(Regex(f"{marks}|{SEAM}(?:{names}){SEAM}"), behavior="isolated")
+        self._style, self._ids = style, [(), *placeholders.values()]
+
+    def split(self, text: str) -> list[Token]:
+        found, tokens = self._finder.encode(text, add_special_tokens=False), []
+        for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            between = [] if number else self._style.split(text[start:stop])
+            tokens += [Token(i, start) for i in self._ids[number]] + [Token(i, start + at) for i, at in between]
+        return tokens
 
 
 @lru_cache(maxsize=1)

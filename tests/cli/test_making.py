@@ -144,7 +144,10 @@ def test_an_empty_prompt_is_a_prompt(command):
 
 def test_what_a_prompt_has_too_much_of_is_said(command):
     done = command("txt2img", "cube " * 80 + "sphere", *SMALL, "--seed", "1", "--num-images", "2")
-    assert one_line(done.err[:-1]) == f"ldm: warning: the model reads 75 tokens; cut off: {'cube ' * 5 + 'sphere'!r}"
+    assert (
+        one_line(done.err[:-1])
+        == f"ldm: warning: the model reads 75 tokens; cut off: {'cube ' * 5 + 'sphere'!r}; see --long-prompt"
+    )
     assert len(done.paths) == 2
 
 
