@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from itertools import pairwise
 from typing import NamedTuple
 
 import tokenizers
@@ -138,17 +139,21 @@ class _HuggingFace:
 
     def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
         self._tokenizer = tokenizers.Tokenizer(merger)
-        cleaning = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        self.normalizer = self._tokenizer.normalizer = normalizers.Sequence(cleaning)
+        self.prepare(self._tokenizer)
         split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        self._tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (START, END)])
+
+    def prepare(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Make it find the marks, as they are, and then clean what is between them."""
+        tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (START, END)])
+        cleaning = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        tokenizer.normalizer = normalizers.Sequence(cleaning)
 
     def clean(self, prompt: str) -> str:
         return prompt
 
     def written(self, placeholder: str) -> str:
-        return self.normalizer.normalize_str(placeholder)
+        return self._tokenizer.normalizer.normalize_str(placeholder)
 
     def split(self, text: str) -> list[Token]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -157,8 +162,6 @@ class _HuggingFace:
 
 class _OpenAI:
     """Cleaning and splitting by the libraries that OpenAI's code uses; positions are in the cleaned text."""
-
-    normalizer = None  # the text is cleaned before it is split
 
     def __init__(self, merger: models.BPE, vocabulary: Mapping[str, int]):
         try:
@@ -175,6 +178,9 @@ class _OpenAI:
     def clean(self, prompt: str) -> str:
         text = html.unescape(html.unescape(self._repair(prompt))).strip()
         return self._white_space.sub(" ", text).strip().lower()
+
+    def prepare(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """The text is cleaned before, and marks are words like others."""
 
     def written(self, placeholder: str) -> str:
         return self.clean(placeholder)
@@ -198,18 +204,20 @@ class _Placeholders:
     def __init__(self, style: _HuggingFace | _OpenAI, placeholders: Mapping[str, tuple[int, ...]]):
         numbers = {"": 0} | {name: number for number, name in enumerate(placeholders, start=1)}
         self._finder = tokenizers.Tokenizer(models.WordLevel(numbers, unk_token=""))
-        if style.normalizer is not None:
-            self._finder.normalizer = style.normalizer
-        longest_first = sorted(placeholders, key=len, reverse=True)
-        marks, names = ("|".join(map(re.escape, words)) for words in ((START, END), longest_first))
-        self._finder.pre_tokenizer = pre_tokenizers.Split(Regex(f"{marks}|{SEAM}(?:{names}){SEAM}"), behavior="isolated")
-        self._style, self._ids = style, [(), *placeholders.values()]
+        style.prepare(self._finder)
+        longest_first = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
+        self._finder.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SEAM}(?:{longest_first}){SEAM}"), behavior="isolated")
+        self._style, self._ids = style, dict(enumerate(placeholders.values(), start=1))
 
     def split(self, text: str) -> list[Token]:
+        """Each piece ends where the next begins, since an accent written apart counts to nobody once it has been composed."""
         found, tokens = self._finder.encode(text, add_special_tokens=False), []
-        for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            between = [] if number else self._style.split(text[start:stop])
-            tokens += [Token(i, start) for i in self._ids[number]] + [Token(i, start + at) for i, at in between]
+        starts = [start for start, _ in found.offsets]
+        for number, (start, stop) in zip(found.ids, pairwise([*starts, len(text)]), strict=True):
+            if number in self._ids:
+                tokens += [Token(i, start) for i in self._ids[number]]
+            else:
+                tokens += [Token(i, start + at) for i, at in self._style.split(text[start:stop])]
         return tokens
 
 

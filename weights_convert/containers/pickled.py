@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine, and the standard unpickler lets it call any function it names. This one
 is a machine of our own that knows a few dozen instructions and has nothing to call: a global becomes a `Name`, and
-calling one is only ever looked up in a table of five, for the functions torch.save writes. Names that training code is
-known to leave in checkpoints (Lightning's callbacks, numpy scalars) become inert; every other name is refused.
+calling one is only ever looked up in a table of six, for what torch.save writes. Names that training code is known to leave
+in checkpoints (Lightning's callbacks, numpy scalars) become inert; every other name is refused.
 
 The standard library's `pickletools` decodes the instructions and checks their arguments against the bytes there are. How
 long a pickle may be, how deep its stack, and how many steps it may take are bounded, and so are memory and time.
@@ -54,11 +54,7 @@ INERT_NAMES = {
     "torch.device",
     *(f"torch.{dtype}" for dtype in STORAGE_DTYPES.values()),
     "typing.Any",
-    "builtins.set",
-    "builtins.dict",
-    "builtins.list",
-    "builtins.int",
-    "builtins.long",
+    *(f"builtins.{name}" for name in ("set", "dict", "list", "int", "long")),
 }
 OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocols 0 to 2 call them
 
@@ -93,6 +89,10 @@ class Inert:
     """Stands for an object of a class that was not loaded."""
 
     __slots__ = ()
+
+
+class Parameters(dict):
+    """Stands for torch's ParameterDict, in which files of textual inversion hold their vectors: its parameters by name."""
 
 
 def read_pickle(file: BytesIO, where: str, storages: dict[str, Storage] | None = None) -> Any:
@@ -189,9 +189,20 @@ class _Machine:
             self.spend(sum(len(a) for a in arguments if isinstance(a, tuple | list | dict | str | bytes)))  # what it may copy
         self.stack.append(handler(*arguments) if handler else Inert())
 
+    def build(self) -> None:
+        """Give an object its attributes: those of an object that is not there are dropped, but a ParameterDict's parameters."""
+        state, target = self.pop(), self.stack[-1]
+        held = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(target, Parameters) and isinstance(held, dict):
+            self.spend(len(held))
+            target.update(held)
+
     def persistent(self) -> None:
-        """The tag that torch.save writes in place of a storage: ("storage", type, key, location, length, ...)."""
-        kind, storage_type, key, _, length, *view = self.pop()
+        """A tag of torch.save's: ("storage", type, key, location, length, ...), or in old files ("module", class, ...)."""
+        kind, storage_type, *rest = self.pop()
+        if kind == "module" and isinstance(storage_type, Name):
+            return self.stack.append(storage_type)
+        key, _, length, *view = rest
         if kind != "storage" or not isinstance(storage_type, Name) or view not in ([], [None]):
             raise ValueError("a reference to something outside the pickle that is no storage")
         dtype = STORAGE_DTYPES.get(storage_type.dotted.rpartition(".")[2])
@@ -242,6 +253,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.Size": tuple,
+    "torch.nn.modules.container.ParameterDict": lambda *_: Parameters(),
 }
 _PUSH_ARGUMENT = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -275,7 +287,7 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], Any]] = {
     "REDUCE": lambda m, _: m.call(),
     "NEWOBJ": lambda m, _: m.call(),
     "NEWOBJ_EX": lambda m, _: m.call(argument_count=2),
-    "BUILD": lambda m, _: m.pop(),  # attributes of an object that is not there
+    "BUILD": lambda m, _: m.build(),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.pop_mark())),
     "LIST": lambda m, _: m.stack.append(m.pop_mark()),
     "DICT": lambda m, _: (items := m.pop_mark(), m.stack.append({}), m.set_items(items)),

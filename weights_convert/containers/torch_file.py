@@ -147,9 +147,10 @@ def _tensor_file(path: Path, content: Any, regions: Mapping[str, _Region]) -> Te
 
 
 def _tensors(path: Path, content: Any) -> dict[str, PickledTensor]:
-    """The tensors of the state dict, which may stand below a key `state_dict`."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    """The tensors of the state dict, which may stand below a key: `string_to_param` in files of textual inversion."""
+    for key in ("state_dict", "string_to_param"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, PickledTensor)}
