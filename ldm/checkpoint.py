@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Components:
 
     `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file,
     and which of its weights, it came from. `guidance_scale` is what it is sampled with where nobody says otherwise.
+    `adapters` is what receipts tell of the LoRAs and textual inversions that it has.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +59,7 @@ class Components:
     sources: Mapping[str, str]
     name: str
     guidance_scale: float = 7.5
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
 
 def load(

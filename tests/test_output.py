@@ -54,7 +54,7 @@ HOSTILE = {
     "lines": "a cube\n\non a\r\nsphere\n",
     "unicode": "куб 立方体 🧊 e\u0301 \u202e \u2028 \x85 \x1b[2J",
     "latin": "café à l'ÿ",
-    "quotes": "\"a\" 'b' `c` \\ \\n {} <lora:x:1> (red:1.5)",
+    "quotes": "\"a\" 'b' `c` \\ \\n {} <x:1> (red:1.5)",
     "NUL": "a\0b\0",
     "fields": "a cube, Steps: 5, Sampler: x\nSteps: 9, Seed: 1",
     "long": "a red cube " * 20_000,

@@ -9,7 +9,6 @@ of their own, after the model's. Everything else of the model stays, and is shar
     components = attach(components, [(toy, "toy")])   # "a photo of toy"
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.adapters.lora import shallow_copy
 from ldm.checkpoint import Components
 from ldm.models.clip import TextEncoder
 from weights_convert import CheckpointError
@@ -55,6 +55,7 @@ def attach(components: Components, embeddings: Sequence[Embedding | tuple[Embedd
     rows = [table.added] if isinstance(table, ExtendedEmbedding) else []
     free = table.num_embeddings + sum(map(len, rows))
     ids: dict[str, range] = {}
+    told = []
     for given in embeddings:
         embedding, placeholder = given if isinstance(given, tuple) else (given, None)
         placeholder = embedding.name if placeholder is None else placeholder
@@ -65,18 +66,18 @@ def attach(components: Components, embeddings: Sequence[Embedding | tuple[Embedd
         ids[placeholder] = range(free, free + count)
         free += count
         rows.append(embedding.vectors.to(table.weight))
+        told.append({"kind": "embedding", "placeholder": placeholder, "sha256": embedding.sha256})
     if not ids:
         return components
     tokenizer = components.tokenizer.with_placeholders(ids)
     encoder = _with_embedding(components.text_encoder, ExtendedEmbedding(table, torch.cat(rows)))
-    return dataclasses.replace(components, tokenizer=tokenizer, text_encoder=encoder)
+    adapters = (*components.adapters, *told)
+    return dataclasses.replace(components, tokenizer=tokenizer, text_encoder=encoder, adapters=adapters)
 
 
 def _with_embedding(encoder: TextEncoder, embedding: nn.Embedding) -> TextEncoder:
     """A shallow copy with another token embedding. Its containers are its own: a hook on the copy is none on the encoder."""
-    made = copy.copy(encoder)
-    own = {name: copy.copy(held) for name, held in vars(encoder).items() if isinstance(held, dict | set)}
-    vars(made).update(own)
+    made = shallow_copy(encoder)
     made.token_embedding = embedding.train(encoder.training)
     return made
 

@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from ldm.cli import evaluate, make, replay, schedule, train
+from ldm.cli import evaluate, inspect, make, replay, schedule, train
 
-COMMANDS = (make, replay, schedule, train, evaluate)
+COMMANDS = (make, replay, inspect, schedule, train, evaluate)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """`ldm txt2img`, `ldm img2img`, `ldm inpaint`: pictures of a prompt, or of every line of a file, each in a file of its own."""
 
 import argparse
+import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ def add(commands: Any) -> None:
             _add_image(command, task)
         _add_form(command, "the model's own" if task == "txt2img" else "the picture's own, rounded down")
         options.add_sampling(command)
+        _add_adapters(command)
         _add_output(command)
         options.add_model(command)
         command.set_defaults(run=run, task=task)
@@ -49,6 +52,41 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--clip-skip", type=int, metavar="N", help="the text encoder's layer, counted from the end (default 1, the last)"
     )
+
+
+def _add_adapters(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("adapters")
+    group.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=_lora,
+        metavar="FILE[:C]",
+        help="a LoRA, with its coefficient (default 1); several with several; or <lora:NAME:C> in the prompt",
+    )
+    group.add_argument(
+        "--embedding",
+        dest="embeddings",
+        action="append",
+        type=_embedding,
+        metavar="[WORD=]FILE",
+        help="a textual inversion, with the word that stands for it (default: its own)",
+    )
+    group.add_argument("--adapter-folder", "--lora-folder", metavar="FOLDER", help="where LoRAs and embeddings are named from")
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE:C, where C is a number; a file's name may have colons."""
+    file, colon, coefficient = text.rpartition(":")
+    try:
+        return (file, float(coefficient)) if colon and file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _embedding(text: str) -> tuple[str, str | None]:
+    word, equals, file = text.partition("=")
+    return (file, word) if equals and file else (text, None)
 
 
 def _add_image(command: argparse.ArgumentParser, task: str) -> None:
@@ -97,6 +135,10 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preview", metavar="FILE", help="a PNG that shows the first picture on its way, and at the end")
     group.add_argument("--preview-every", type=int, default=5, metavar="N", help="steps between two previews (default 5)")
+    group.add_argument(
+        "--safety", metavar="ACTION", help="where the model's checker flags: black, blur, flag, off (default black)"
+    )
+    group.add_argument("--watermark", action="store_true", default=None, help="CompVis's invisible watermark (extra watermark)")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     # Of CompVis's scripts: there is no sheet of all pictures here, and the file says how many channels it has.
     group.add_argument("--skip_grid", action="store_true", help=argparse.SUPPRESS)
@@ -229,10 +271,18 @@ def _portions(
         for i, prompt in enumerate(prompts):
             yield [prompt], {**settings, "seed": seed + i * count}
         return
-    total = len(prompts) * count
-    for start in range(0, total, batch_size):
+    total, start = len(prompts) * count, 0
+    while start < total:
         portion = [prompts[i // count] for i in range(start, min(start + batch_size, total))]
+        alike = _lora_names(portion[0])
+        portion = list(itertools.takewhile(lambda prompt, alike=alike: _lora_names(prompt) == alike, portion))
         yield portion, {**settings, "num_images": 1, "seed": seed + start}
+        start += len(portion)
+
+
+def _lora_names(prompt: str) -> list[str]:
+    """What a prompt says of LoRAs, in whatever syntax: prompts that say another thing are made in another call."""
+    return re.findall(r"<lora:[^<>]*>|(?:use|with)Lora\([^()]*\)", prompt, re.IGNORECASE)
 
 
 def _pipeline(task: str) -> Callable[..., Any]:
@@ -245,6 +295,8 @@ def _warn_of_cut_off(components: Any, prompts: list[str], settings: Any) -> None
     from ldm.pipelines.conditioning import read
 
     room = components.tokenizer.length - 2  # between the two marks
-    for cut_off in dict.fromkeys(read(components, prompts, settings).cut_off()):
+    alike = itertools.groupby(prompts, _lora_names)
+    found = [cut_off for _, group in alike for cut_off in read(components, list(group), settings).cut_off()]
+    for cut_off in dict.fromkeys(found):
         if cut_off:
             options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}; see --long-prompt")

@@ -16,6 +16,7 @@ MODEL_VARIABLE = "LDM_MODEL"
 SETTINGS = (
     *("negative_prompt", "steps", "guidance_scale", "guidance_interval", "sampler", "spacing", "eta", "convention"),
     *("seed", "num_images", "batch_size", "tile", "prompt_syntax", "long_prompt", "clip_skip"),
+    *("loras", "embeddings", "adapter_folder", "safety", "watermark"),
 )
 
 

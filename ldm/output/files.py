@@ -44,16 +44,21 @@ def save_as(image: Image.Image, receipt: Mapping[str, Any] | None, path: str | P
     return path
 
 
-def read_receipt(path: str | Path) -> dict[str, Any]:
-    """The receipt that a PNG carries. Raises ValueError, one line, where there is none."""
+def texts(path: str | Path, formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")) -> dict[str, str]:
+    """The texts that a picture file carries, by their keys. Raises ValueError where it is no picture of these formats."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(path, formats=formats) as image:
             image.load()  # text may stand behind the pixels
-            text = image.info.get(KEY)
+            return {key: text for key, text in image.info.items() if isinstance(key, str) and isinstance(text, str)}
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: cannot be read as PNG ({reason})") from None
-    if not isinstance(text, str):
+        raise ValueError(f"{path}: cannot be read as {' or '.join(formats)} ({reason})") from None
+
+
+def read_receipt(path: str | Path) -> dict[str, Any]:
+    """The receipt that a PNG carries. Raises ValueError, one line, where there is none."""
+    text = texts(path, ("PNG",)).get(KEY)
+    if text is None:
         raise ValueError(f"{path}: carries no receipt; expected a PNG written by ldm and not saved anew by another program")
     return receipts.from_json(text, str(path))
 

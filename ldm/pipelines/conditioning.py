@@ -1,4 +1,4 @@
-"""What prompts are to a run: their syntax read, the model ready for what they ask for, and their contexts.
+"""What prompts are to a run: their syntax read, the model with the adapters they ask for, and their contexts.
 
 `read` refuses what is wrong before anything is computed; `Conditioning.contexts` encodes.
 """
@@ -6,16 +6,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ldm.adapters import lookup, lora, textual_inversion
 from ldm.checkpoint import Components
 from ldm.pipelines.settings import Settings
 from ldm.text import encoding
 from ldm.text.encoding import Contexts
 from ldm.text.prompt import Prompt, PromptError
+from weights_convert.embedding import read_embedding
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """`prompts` begins with the negative prompt."""
+    """`components` has the adapters; `prompts` begins with the negative prompt."""
 
     components: Components
     settings: Settings
@@ -38,13 +40,35 @@ class Conditioning:
 
 
 def read(components: Components, prompts: Sequence[str], settings: Settings) -> Conditioning:
-    """Read the prompts and the negative prompt. Raises ValueError, one line, naming the prompt and the position."""
+    """Read the prompts, the negative prompt, and the files of the adapters. Raises ValueError, one line, which names the prompt
+    and the position, or the file."""
     layers = components.text_encoder.config.layers
     if settings.clip_skip > layers:
         raise ValueError(f"clip_skip {settings.clip_skip}; the text encoder has {layers} layers, so expected 1 to {layers}")
     negative = _parsed("negative prompt", settings.negative_prompt, settings.prompt_syntax)
     parsed = [_parsed("prompt", prompt, settings.prompt_syntax) for prompt in prompts]
-    return Conditioning(components, settings, [negative, *parsed])
+    if negative.loras:
+        raise ValueError(
+            f"the negative prompt names LoRA {negative.loras[0][0]!r}; it would change both; name it in the prompt"
+        )
+    for prompt, text in zip(parsed, prompts, strict=True):
+        if prompt.loras != parsed[0].loras:
+            raise ValueError(
+                f"prompts {_shown(prompts[0])} and {_shown(text)} name other LoRAs; make them in calls of their own"
+            )
+    adapted = _adapted(components, (*settings.loras, *parsed[0].loras), settings)
+    return Conditioning(adapted, settings, [negative, *parsed])
+
+
+def _adapted(components: Components, loras: Sequence[tuple[str, float]], settings: Settings) -> Components:
+    """The model with its adapters."""
+    if settings.embeddings:
+        files = [(lookup.find(name, settings.adapter_folder, "embedding"), word) for name, word in settings.embeddings]
+        components = textual_inversion.attach(components, [(read_embedding(file), word) for file, word in files])
+    if loras:
+        files = [(lookup.find(name, settings.adapter_folder, "LoRA"), coefficient) for name, coefficient in loras]
+        components = lora.attach(components, [(lora.read(file, components), coefficient) for file, coefficient in files])
+    return components
 
 
 def _parsed(what: str, text: str, syntax: str) -> Prompt:

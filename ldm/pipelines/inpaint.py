@@ -5,6 +5,7 @@ moment (Lugmayr et al. 2022, "RePaint", arXiv:2201.09865, eq. 8, without its res
 the mask and the latents of the picture without its hidden part beside x (arXiv:2112.10752, section 4.5).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ldm.checkpoint import Components
 from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import Widen, levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model, keep, noised
-from ldm.output.receipt import picture_hash
 from ldm.pipelines.result import Result, finish
 from ldm.pipelines.run import Batch, Run, check_noise, prepare, sees_mask
 from ldm.pipelines.settings import check_posterior, check_strength
@@ -88,8 +88,8 @@ def inpaint(
         "image_sha256": source_hash(image),
         "mask_sha256": source_hash(mask),
     }
-    result = finish(run, parts, "inpaint", grid, noise, **fields)
-    return _pasted(result, pixels, hidden_pixels) if paste else result
+    finished = _pasting(pixels, hidden_pixels) if paste else None
+    return finish(run, parts, "inpaint", grid, noise, finished, **fields)
 
 
 def _beside(hidden: Tensor, visible: Tensor) -> Widen:
@@ -145,12 +145,8 @@ class Blend:
         return hook
 
 
-def _pasted(result: Result, pixels: Tensor, hidden: Tensor) -> Result:
-    """The result with the image's own pixels where they are kept."""
+def _pasting(pixels: Tensor, hidden: Tensor) -> Callable[[Image.Image], Image.Image]:
+    """Of a picture that was made: the same, with the image's own pixels where they are kept."""
     (original,) = images.to_images(pixels)
     (cover,) = images.to_images((2 * hidden - 1).expand(-1, 3, -1, -1))
-    pictures = [Image.composite(made, original, cover.convert("L")) for made in result.images]
-    made = [
-        {**receipt, "pixels_sha256": picture_hash(picture)} for receipt, picture in zip(result.receipts, pictures, strict=True)
-    ]
-    return Result(pictures, result.latents, made)
+    return lambda made: Image.composite(made, original, cover.convert("L"))

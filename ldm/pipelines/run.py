@@ -17,6 +17,7 @@ from ldm.diffusion.conventions import from_image, make_grid
 from ldm.diffusion.grid import Grid
 from ldm.diffusion.guidance import Widen, guided, levels_of
 from ldm.diffusion.sampling import AfterStep, Info, Model
+from ldm.output import watermark
 from ldm.pipelines.conditioning import read
 from ldm.pipelines.draws import Draws, Shape
 from ldm.pipelines.habits import HABITS, Habits
@@ -40,7 +41,7 @@ class Batch:
 class Run:
     """Everything about a run but the pictures it may start from. `prompts` has one for each image."""
 
-    components: Components
+    components: Components  # with their adapters
     settings: Settings
     size: tuple[int, int]  # width and height in pixels
     sampler: ModuleType
@@ -130,6 +131,8 @@ def prepare(
     multiple = components.autoencoder.config.downsampling
     width, height = (usual if side is None else side for side in size)
     size = (check_side("width", width, multiple), check_side("height", height, multiple))
+    if settings.watermark:
+        watermark.check_size(*size)
     count = len(prompts) * settings.num_images
     if settings.seed + count > SEEDS_BELOW:
         raise ValueError(f"seed {settings.seed} for {count} images; expected at most {SEEDS_BELOW - count}")
@@ -142,7 +145,7 @@ def prepare(
     )
     contexts = conditioning.contexts()
     return Run(
-        components=components,
+        components=conditioning.components,
         settings=settings,
         size=size,
         sampler=all_samplers()[settings.sampler],

@@ -10,9 +10,11 @@ import math
 import secrets
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ldm.diffusion.conventions import CONVENTIONS, IN_SIGMA, SPACINGS
+from ldm.output.safety import ACTIONS
 from ldm.samplers import find, plain
 from ldm.text.encoding import SYNTAXES
 from ldm.text.windows import LONG_PROMPTS
@@ -20,7 +22,7 @@ from ldm.text.windows import LONG_PROMPTS
 DRAWN_BELOW = 2**32  # a drawn seed is short enough to be noted down
 SEEDS_BELOW = 2**64  # what torch's generators take
 LONGEST_SIDE = 2**16  # pixels; longer ones are slips of the keyboard
-LOWERED = ("spacing", "convention", "prompt_syntax", "long_prompt")  # may be spelled in capitals
+LOWERED = ("spacing", "convention", "prompt_syntax", "long_prompt", "safety")  # may be spelled in capitals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,11 @@ class Settings:
     prompt_syntax: "plain", "compel" or "a1111": how prompts are weighted; see `ldm.text.encoding`.
     long_prompt: "cut" to what the model reads at once, or in several windows: "windows", "sentences", "commas".
     clip_skip: the text encoder's layer that is used, counted from the end: 1 is the last.
+    loras: files, or names in `adapter_folder`, each alone or with its coefficient. Prompts may name more: <lora:name:0.8>.
+    embeddings: files or names of textual inversions, each alone or with the placeholder that stands for it in prompts.
+    safety: what to do with a picture that the model's safety checker flags: "black", "blur", "flag" it in the result alone, or
+        "off", not to ask. Where the model has no checker, nothing is checked.
+    watermark: put CompVis's invisible watermark into the pictures (extra `watermark`).
     decode: False leaves out the pictures and returns latents alone.
     """
 
@@ -60,6 +67,11 @@ class Settings:
     prompt_syntax: str = "plain"
     long_prompt: str = "cut"
     clip_skip: int = 1
+    loras: tuple[tuple[str, float], ...] = ()
+    embeddings: tuple[tuple[str, str | None], ...] = ()
+    adapter_folder: str | None = None
+    safety: str = "black"
+    watermark: bool = False
     decode: bool = True
 
 
@@ -81,8 +93,12 @@ def checked(fields: dict[str, Any]) -> Settings:
     if asked.tile is not None:
         _check_whole("tile", asked.tile, 64)
         check_side("tile", asked.tile, 8)
-    if not isinstance(asked.decode, bool):
-        raise ValueError(f"decode {asked.decode!r}; expected True or False")
+    for name in ("watermark", "decode"):
+        if not isinstance(getattr(asked, name), bool):
+            raise ValueError(f"{name} {getattr(asked, name)!r}; expected True or False")
+    _check_choice("safety", asked.safety, ACTIONS)
+    if asked.adapter_folder is not None:
+        _check_path("adapter_folder", asked.adapter_folder)
     _check_choice("prompt_syntax", asked.prompt_syntax, tuple(SYNTAXES))
     _check_choice("long_prompt", asked.long_prompt, LONG_PROMPTS)
     _check_whole("clip_skip", asked.clip_skip, 1)
@@ -93,7 +109,14 @@ def checked(fields: dict[str, Any]) -> Settings:
     if asked.eta > 0 and sampler != "ddim":
         raise ValueError(f"eta {asked.eta} with sampler {sampler}; only ddim takes eta; leave it at 0")
     return dataclasses.replace(
-        asked, sampler=sampler, spacing=spacing, seed=_seed(asked), guidance_interval=_interval(asked.guidance_interval)
+        asked,
+        sampler=sampler,
+        spacing=spacing,
+        seed=_seed(asked),
+        guidance_interval=_interval(asked.guidance_interval),
+        loras=tuple(_lora(given) for given in _listed("loras", asked.loras)),
+        embeddings=tuple(_embedding(given) for given in _listed("embeddings", asked.embeddings)),
+        adapter_folder=None if asked.adapter_folder is None else str(asked.adapter_folder),
     )
 
 
@@ -165,6 +188,35 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return (float(value[0]), float(value[1]))
 
 
+def _listed(name: str, value: Any) -> list[Any]:
+    """One or several, as a list."""
+    if isinstance(value, str | Path):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} {_shown(value)}; expected a list of files or names")
+    return list(value)
+
+
+def _lora(value: Any) -> tuple[str, float]:
+    file, coefficient = value if isinstance(value, list | tuple) and len(value) == 2 else (value, 1.0)
+    _check_path("LoRA", file)
+    _check_number(f"LoRA {file}, coefficient", coefficient, -math.inf, math.inf)
+    return str(file), float(coefficient)
+
+
+def _embedding(value: Any) -> tuple[str, str | None]:
+    file, placeholder = value if isinstance(value, list | tuple) and len(value) == 2 else (value, None)
+    _check_path("embedding", file)
+    if placeholder is not None:
+        _check_text("placeholder", placeholder)
+    return str(file), placeholder
+
+
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(f"{name} {_shown(value)}; expected a file or a name")
+
+
 def _check_whole(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
     if type(value) is not int or value < lowest or (highest is not None and value > highest):
         upwards = f"a whole number from {lowest} {'up' if highest is None else f'to {highest}'}"
@@ -173,8 +225,9 @@ def _check_whole(name: str, value: Any, lowest: int, highest: int | None = None)
 
 def _check_number(name: str, value: Any, lowest: float, highest: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not lowest <= value <= highest or value > sys.float_info.max:
-        allowed = f"{lowest} to {highest}" if math.isfinite(highest) else f"a finite number, {lowest} or more"
+    if not is_number or not lowest <= value <= highest or abs(value) > sys.float_info.max:
+        bound = f", {lowest} or more" if math.isfinite(lowest) else ""
+        allowed = f"{lowest} to {highest}" if math.isfinite(highest) else f"a finite number{bound}"
         raise ValueError(f"{name} {_shown(value)}; expected {allowed}")
 
 

@@ -24,7 +24,7 @@ def command(tiny_native, tmp_path, capsys, monkeypatch, load_once):
 
     def ldm_(*words: object, model: object = tiny_native, out: object = tmp_path / "out") -> Done:
         line = [str(word) for word in words]
-        if line[0] != "schedule" and model is not None:
+        if line[0] not in ("schedule", "inspect") and model is not None:
             line += ["--model", str(model)]
         if line[0] in ("txt2img", "img2img", "inpaint") and out is not None:
             line += ["--out", str(out)]

@@ -252,5 +252,6 @@ def test_the_default_settings_are_those_of_the_demo_form():
     assert dataclasses.asdict(Settings()) == {
         **{"negative_prompt": "", "steps": 25, "guidance_scale": 7.5, "guidance_interval": None, "sampler": "pndm"},
         **{"spacing": None, "eta": 0.0, "convention": "ldm", "seed": None, "num_images": 1, "batch_size": 4, "tile": None},
-        **{"prompt_syntax": "plain", "long_prompt": "cut", "clip_skip": 1, "decode": True},
+        **{"prompt_syntax": "plain", "long_prompt": "cut", "clip_skip": 1, "loras": (), "embeddings": ()},
+        **{"adapter_folder": None, "safety": "black", "watermark": False, "decode": True},
     }

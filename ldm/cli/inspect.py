@@ -1,0 +1,91 @@
+"""`ldm inspect PICTURE ...`: what a picture tells of itself, by its receipt, the text of other tools, and the watermark."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SHOWN = ("prompt", "negative_prompt", "task", "seed", "steps", "sampler", "spacing", "guidance_scale", "strength", "convention")
+QUIET = (None, "", [], (), {})  # values that say nothing
+
+
+def add(commands: Any) -> None:
+    text = "what a picture tells of itself"
+    about = f"{text.capitalize()}: its receipt, or the parameters that other tools wrote, and the invisible watermark."
+    command = commands.add_parser("inspect", help=text, allow_abbrev=False, description=about)
+    command.add_argument("pictures", nargs="+", metavar="PICTURE", help="PNG, JPEG or WebP")
+    command.add_argument("--json", action="store_true", help="one JSON object a line, with the whole receipt")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    for number, path in enumerate(args.pictures):
+        found = look(Path(path))
+        if args.json:
+            print(json.dumps(found, sort_keys=True))
+            continue
+        if number:
+            print()
+        print("\n".join(_lines(found)))
+
+
+def look(path: Path) -> dict[str, Any]:
+    """What is in the file, as plain values. Raises ValueError where it is no picture, or its receipt is damaged."""
+    from ldm import images
+    from ldm.output import files, receipt
+
+    picture = images.read(path)
+    found: dict[str, Any] = {"file": str(path), "size": list(picture.size), "watermark": _watermark(picture)}
+    texts = files.texts(path)
+    if files.KEY in texts:
+        found["receipt"] = receipt.from_json(texts[files.KEY], str(path))
+        if "pixels_sha256" in found["receipt"]:
+            found["pixels_as_made"] = receipt.picture_hash(picture) == found["receipt"]["pixels_sha256"]
+    elif "parameters" in texts:
+        found["parameters"] = texts["parameters"]
+    return found
+
+
+def _watermark(picture: Any) -> bool | None:
+    """None where nobody can look."""
+    from ldm.output import watermark
+
+    try:
+        return watermark.is_marked(picture)
+    except ImportError:
+        return None
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['file']}: {found['size'][0]} x {found['size'][1]}"]
+    receipt = found.get("receipt")
+    if receipt:
+        told = {name.replace("_", " "): receipt.get(name) for name in SHOWN}
+        model = receipt["model"]
+        told["model"] = f"{model.get('name')} ({model.get('fingerprint')}), {receipt['dtype']} on {receipt['device']}"
+        adapters = receipt.get("adapters", ())
+        told["LoRA"] = [f"{a['name']} at {a['coefficient']:g}" for a in adapters if a["kind"] == "lora"]
+        told["embedding"] = [a["placeholder"] for a in adapters if a["kind"] == "embedding"]
+        told["safety"] = _safety(receipt.get("verdict"), receipt.get("safety"))
+        told["cut off"] = receipt.get("cut_off")
+        told["made by"] = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
+        lines += [f"  {name}: {', '.join(v) if isinstance(v, list) else v}" for name, v in told.items() if v not in QUIET]
+        if "pixels_as_made" in found:
+            lines.append(f"  pixels: {'as they were made' if found['pixels_as_made'] else 'NOT those of the receipt'}")
+    elif "parameters" in found:
+        lines += ["  no receipt; parameters:", *(f"    {line}" for line in found["parameters"].splitlines())]
+    else:
+        lines.append("  no receipt, no parameters")
+    says = {True: "StableDiffusionV1", False: "none", None: "not looked for; pip install 'ldm[watermark]'"}
+    return [*lines, f"  watermark: {says[found['watermark']]}"]
+
+
+def _safety(verdict: dict[str, Any] | None, action: str | None) -> str | None:
+    if verdict is None:
+        return None
+    worst = max(verdict["margins"], default=0.0)
+    if not verdict["flagged"]:
+        return f"passed; nearest concept {worst:+.3f} of its threshold"
+    hits = ", ".join(f"concept {i} by {verdict['margins'][i]:+.3f}" for i in verdict["concepts"])
+    return f"flagged ({hits}); action: {action}"

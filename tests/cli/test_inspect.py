@@ -1,0 +1,74 @@
+"""`ldm inspect`, and the watermark that it looks for."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from ldm.output import watermark
+
+SMALL = ("-W", "16", "-H", "16", "--steps", "1", "--seed", "1")
+
+
+def grainy(width=512, height=512):
+    """The package's method wants grain: of smooth pictures it loses some bits."""
+    return Image.fromarray(np.random.default_rng(0).integers(60, 200, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_picture_of_ours_tells_how_it_was_made(command, tmp_path):
+    made = command("txt2img", "a red cube", "-n", "dull", *SMALL)
+    (path,) = made.out.split()
+    told = command("inspect", path)
+    assert told.status == 0
+    for line in ("prompt: a red cube", "negative prompt: dull", "seed: 1", "sampler: pndm", "pixels: as they were made"):
+        assert f"  {line}" in told.out
+    found = json.loads(command("inspect", path, "--json").out)
+    assert found["receipt"]["prompt"] == "a red cube" and found["pixels_as_made"] is True and found["size"] == [16, 16]
+
+
+def test_a_picture_that_was_changed_is_told(command, tmp_path):
+    made = command("txt2img", "a red cube", *SMALL)
+    (path,) = made.out.split()
+    with Image.open(path) as image:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("ldm", image.text["ldm"])
+        changed = image.point(lambda v: 255 - v)
+        changed.save(tmp_path / "changed.png", pnginfo=info)
+    assert "pixels: NOT those of the receipt" in command("inspect", str(tmp_path / "changed.png")).out
+
+
+def test_what_other_tools_wrote_is_shown_and_nothing_is_said_to_be_nothing(command, tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a")
+    grainy(20, 20).save(tmp_path / "other.png", pnginfo=info)
+    grainy(20, 20).save(tmp_path / "plain.jpg")
+    told = command("inspect", str(tmp_path / "other.png"), str(tmp_path / "plain.jpg"))
+    assert told.status == 0
+    assert "no receipt; parameters:\n    a cat\n    Steps: 20" in told.out and "no receipt, no parameters" in told.out
+
+
+def test_what_is_no_picture_is_refused_in_one_line(command, tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    told = command("inspect", str(tmp_path / "x.png"))
+    assert told.status == 1 and len(told.err.splitlines()) == 1 and "x.png" in told.err
+
+
+def test_a_picture_too_small_for_the_watermark_is_refused_before_it_is_made(command, tmp_path):
+    told = command("txt2img", "a", *SMALL, "--watermark")
+    assert told.status == 1 and "watermark on a picture of 16 x 16; it needs 256 x 256 pixels" in told.err
+
+
+def test_the_watermark_is_written_and_read_back(command, tmp_path):
+    pytest.importorskip("imwatermark", reason="needs the watermark extra: pip install '.[watermark]'")
+    from imwatermark import WatermarkDecoder
+
+    marked = watermark.embed(grainy())
+    marked.save(tmp_path / "marked.png")
+    grainy().save(tmp_path / "plain.png")
+    assert watermark.is_marked(marked) and not watermark.is_marked(grainy()) and not watermark.is_marked(grainy(64, 64))
+    told = command("inspect", str(tmp_path / "marked.png"), str(tmp_path / "plain.png")).out
+    assert told.count("watermark: StableDiffusionV1") == 1 and told.count("watermark: none") == 1
+    decoder = WatermarkDecoder("bytes", 136)
+    assert decoder.decode(np.ascontiguousarray(np.asarray(marked)[..., ::-1]), "dwtDct") == b"StableDiffusionV1"
+    assert np.abs(np.asarray(marked).astype(int) - np.asarray(grainy())).mean() < 12
