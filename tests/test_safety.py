@@ -138,11 +138,13 @@ def compare(config, count):
     pictures = [picture(i, SIZES[i % len(SIZES)]) for i in range(count)]
     ours.load_state_dict(native_of(peer, config))
     first = check(ours, pictures)
-    # Thresholds between the pictures' own cosines, so that some are hit and some are not.
+    # One concept of each kind is hit by half of the pictures, the others by none.
     for name, held in (("concept", "cosines"), ("special_care", "special_care_cosines")):
-        middle = torch.tensor([getattr(v, held) for v in first]).quantile(0.9 if name == "concept" else 0.5, dim=0)
-        getattr(ours, f"{name}_thresholds").copy_(middle)
-        getattr(peer, f"{name}_embeds_weights").copy_(middle)
+        cosines = torch.tensor([getattr(v, held) for v in first])
+        thresholds = cosines.amax(dim=0) + 0.02
+        thresholds[1] = cosines[:, 1].quantile(0.5)
+        getattr(ours, f"{name}_thresholds").copy_(thresholds)
+        getattr(peer, f"{name}_embeds_weights").copy_(thresholds)
     verdicts = check(ours, pictures)
     scores, flags = decisions(peer, processor, pictures)
     found = np.array([[*v.special_care_margins, *v.margins] for v in verdicts])

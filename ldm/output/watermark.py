@@ -1,8 +1,8 @@
 """CompVis's invisible watermark: the bytes `StableDiffusionV1` in the larger waves of a picture's colour, by choice.
 
 Through the package invisible-watermark (extra `watermark`), method dwtDct, as CompVis's scripts call it: anybody with that
-package can read it. It survives PNG, and no crop or resize. The package's
-method loses bits of some pictures as it writes them, smooth ones above all; so its absence proves nothing.
+package can read it. It survives PNG, and no crop or resize. The package's method loses bits of some pictures as it writes
+them, smooth ones above all; so its absence proves nothing.
 """
 
 from types import ModuleType
