@@ -22,11 +22,8 @@ PROMPT = "a red cube"
 
 
 @pytest.fixture(scope="module")
-def model():
-    components = ldm.build("tiny", seed=0, dtype=torch.float64)
-    for module in (components.text_encoder, components.unet, components.autoencoder):
-        seeded.fill(module)
-    return components
+def model(tiny):
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +136,14 @@ def test_attaching_is_adding_the_product_to_the_weights(model, style, convolutio
     assert same_bits(model, before) and all(torch.equal(a, b) for a, b in zip(outputs(model), plain, strict=True))
 
 
+def test_a_feature_map_as_wide_as_it_has_channels_is_not_taken_for_tokens(model, convolutions):
+    """The shortcut has 16 channels, and maps 16 wide from latents of 32."""
+    states = model.text_encoder(model.tokenizer([PROMPT]).ids)
+    x = seeded.tensor("x", 1, 4, 24, 32).double()
+    attached, merged = (change(model, [(convolutions, 0.7)]).unet for change in (lora.attach, lora.merge))
+    assert relative_error(attached(x, 500, states), merged(x, 500, states)) < 1e-12
+
+
 def test_a_convolution_between_two_of_1_x_1_is_the_product_of_three(model, tmp_path):
     name, (kind, own, shape) = "down_blocks.0.downsamplers.0.conv", CONVOLUTIONS["down_blocks.0.downsamplers.0.conv"]
     stem = "lora_unet_" + name.replace(".", "_")
@@ -198,7 +203,7 @@ def test_what_does_not_change_is_shared(model, style):
 
 def test_receipts_tell_of_loras_and_the_models_fingerprint_stays(model, style):
     attached = lora.attach(model, [(style, 0.8)])
-    told = {"kind": "lora", "name": "kohya", "sha256": style.sha256, "coefficient": 0.8, "left_out": 0}
+    told = {"kind": "lora", "name": "kohya", "sha256": style.sha256, "coefficient": 0.8, "left": []}
     assert attached.adapters == (told,) and model.adapters == ()
     assert fingerprint({"unet": attached.unet}) == fingerprint({"unet": model.unet})
     assert lora.merge(model, [(style, 0.8)]).adapters == ({**told, "merged": True},)

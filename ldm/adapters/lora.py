@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import Components
+from ldm.models.unet_blocks import Shortcut
 from weights_convert import architecture
 from weights_convert.lora import Factors, LoRA, read_lora
 
@@ -47,7 +48,10 @@ def attach(components: Components, uses: Uses) -> Components:
 
 
 def merge(components: Components, uses: Uses) -> Components:
-    """A model with the LoRAs in its weights, which are summed in float32 (float64 if they are) and rounded once."""
+    """A model with the LoRAs in its weights, which are summed in float32 (float64 if they are) and rounded once.
+
+    It keeps the weights that were there before, for `unmerge`, on the device and in the type that they have now.
+    """
     return _changed(components, uses, _merged, merged=True)
 
 
@@ -75,7 +79,7 @@ def _changed(components: Components, uses: Uses, change: Callable, *, merged: bo
         changes = {path: (lambda layer, own=own: change(layer, own)) for path, own in by_layer.items()}
         changed[kind] = _with_layers(getattr(components, kind), changes)
     told = [
-        {"kind": "lora", "name": lora.name, "sha256": lora.sha256, "coefficient": float(c), "left_out": len(lora.left)}
+        {"kind": "lora", "name": lora.name, "sha256": lora.sha256, "coefficient": float(c), "left": list(lora.left)}
         | ({"merged": True} if merged else {})
         for lora, c in uses
     ]
@@ -100,7 +104,7 @@ def _attached(layer: nn.Module, uses: list[tuple[Factors, float]]) -> nn.Module:
 def _branch(layer: nn.Module, x: Tensor, down: Tensor, mid: Tensor | None, up: Tensor) -> Tensor:
     """up mid down x: (b, n, in) -> (b, n, out), or feature maps (b, c, h, w), with the layer's own stride and padding."""
     if not isinstance(layer, nn.Conv2d):
-        if x.dim() == 4 and layer.in_features != x.shape[-1]:  # a 1 x 1 convolution that is kept as a matrix
+        if isinstance(layer, Shortcut):
             return F.conv2d(F.conv2d(x, down[..., None, None]), up[..., None, None])
         return F.linear(F.linear(x, down), up)
     own = {"stride": layer.stride, "padding": layer.padding}
