@@ -64,9 +64,19 @@ def tiny_diffusers(tmp_path_factory, vocabulary_folder) -> Path:
 @pytest.fixture(scope="session")
 def tiny_native(tmp_path_factory) -> Path:
     """The tiny model as a native folder of seeded weights, made without reading any checkpoint."""
-    folder, config = tmp_path_factory.mktemp("native") / "tiny", preset("tiny")
+    return write_native(tmp_path_factory.mktemp("native") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_native_safe(tmp_path_factory) -> Path:
+    """The same with a safety checker."""
+    return write_native(tmp_path_factory.mktemp("native") / "safe", safety=vars(golden_inputs.SAFETY))
+
+
+def write_native(folder: Path, **further: dict) -> Path:
     folder.mkdir()
-    stated = {kind: vars(getattr(config, kind)) for kind in checkpoints.COMPONENTS}
+    config = preset("tiny")
+    stated = {kind: vars(getattr(config, kind)) for kind in checkpoints.COMPONENTS} | further
     for kind, fields in stated.items():
         module = architecture.COMPONENTS[kind](**fields)
         tensors = {name: seeded.weight(name, shape) for name, shape in shapes(module, "native").items()}

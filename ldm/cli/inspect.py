@@ -65,8 +65,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         model = receipt["model"]
         told["model"] = f"{model.get('name')} ({model.get('fingerprint')}), {receipt['dtype']} on {receipt['device']}"
         adapters = receipt.get("adapters", ())
-        told["LoRA"] = [f"{a['name']} at {a['coefficient']:g}" for a in adapters if a["kind"] == "lora"]
-        told["embedding"] = [a["placeholder"] for a in adapters if a["kind"] == "embedding"]
+        told["LoRA"] = [f"{a.get('name')} at {a.get('coefficient')}" for a in adapters if a.get("kind") == "lora"]
+        told["embedding"] = [str(a.get("placeholder")) for a in adapters if a.get("kind") == "embedding"]
         told["safety"] = _safety(receipt.get("verdict"), receipt.get("safety"))
         told["cut off"] = receipt.get("cut_off")
         told["made by"] = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items())
@@ -84,8 +84,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def _safety(verdict: dict[str, Any] | None, action: str | None) -> str | None:
     if verdict is None:
         return None
-    worst = max(verdict["margins"], default=0.0)
-    if not verdict["flagged"]:
-        return f"passed; nearest concept {worst:+.3f} of its threshold"
-    hits = ", ".join(f"concept {i} by {verdict['margins'][i]:+.3f}" for i in verdict["concepts"])
-    return f"flagged ({hits}); action: {action}"
+    margins = ", ".join(f"{i}: {margin}" for i, margin in enumerate(verdict.get("margins", ())))
+    said = f"flagged for concepts {verdict.get('concepts')}; action: {action}" if verdict.get("flagged") else "passed"
+    return f"{said}; margins over the thresholds, by concept: {margins}"

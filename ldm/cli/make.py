@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
             _add_image(command, task)
         _add_form(command, "the model's own" if task == "txt2img" else "the picture's own, rounded down")
         options.add_sampling(command)
-        _add_adapters(command)
+        options.add_adapters(command)
         _add_output(command)
         options.add_model(command)
         command.set_defaults(run=run, task=task)
@@ -52,41 +52,6 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--clip-skip", type=int, metavar="N", help="the text encoder's layer, counted from the end (default 1, the last)"
     )
-
-
-def _add_adapters(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("adapters")
-    group.add_argument(
-        "--lora",
-        dest="loras",
-        action="append",
-        type=_lora,
-        metavar="FILE[:C]",
-        help="a LoRA, with its coefficient (default 1); several with several; or <lora:NAME:C> in the prompt",
-    )
-    group.add_argument(
-        "--embedding",
-        dest="embeddings",
-        action="append",
-        type=_embedding,
-        metavar="[WORD=]FILE",
-        help="a textual inversion, with the word that stands for it (default: its own)",
-    )
-    group.add_argument("--adapter-folder", "--lora-folder", metavar="FOLDER", help="where LoRAs and embeddings are named from")
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """FILE:C, where C is a number; a file's name may have colons."""
-    file, colon, coefficient = text.rpartition(":")
-    try:
-        return (file, float(coefficient)) if colon and file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def _embedding(text: str) -> tuple[str, str | None]:
-    word, equals, file = text.partition("=")
-    return (file, word) if equals and file else (text, None)
 
 
 def _add_image(command: argparse.ArgumentParser, task: str) -> None:
@@ -166,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     settings |= {"seed": given.seed, **_sides(args)}
     whole = HABITS[given.convention].one_generator
     portions = len(prompts) if whole else -(-total // given.batch_size)
-    _warn_of_cut_off(components, prompts, given)
+    _warn(components, prompts, given)
     with Progress(args, components, portions, drawn) as progress:
         try:
             for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
@@ -291,12 +256,19 @@ def _pipeline(task: str) -> Callable[..., Any]:
     return getattr(ldm, task)
 
 
-def _warn_of_cut_off(components: Any, prompts: list[str], settings: Any) -> None:
+def _warn(components: Any, prompts: list[str], settings: Any) -> None:
+    """Of what does not fit, and of what in a LoRA's file is of no use."""
     from ldm.pipelines.conditioning import read
 
     room = components.tokenizer.length - 2  # between the two marks
-    alike = itertools.groupby(prompts, _lora_names)
-    found = [cut_off for _, group in alike for cut_off in read(components, list(group), settings).cut_off()]
-    for cut_off in dict.fromkeys(found):
-        if cut_off:
-            options.warn(f"the model reads {room} tokens; cut off: {cut_off!r}; see --long-prompt")
+    found: dict[str, None] = {}  # each once, in order
+    for _, group in itertools.groupby(prompts, _lora_names):
+        conditioning = read(components, list(group), settings)
+        cut_offs = [text for text in conditioning.cut_off() if text]
+        found |= dict.fromkeys(f"the model reads {room} tokens; cut off: {text!r}; see --long-prompt" for text in cut_offs)
+        for adapter in conditioning.components.adapters:
+            if left := adapter.get("left"):
+                named = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
+                found[f"LoRA {adapter['name']}: {len(left)} tensors are of no layer of this model: {named}"] = None
+    for text in found:
+        options.warn(text)

@@ -88,6 +88,42 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--convention", help="ldm, diffusers, kdiffusion or compvis: do as that one does (default ldm)")
 
 
+def add_adapters(command: argparse.ArgumentParser) -> None:
+    """LoRAs and textual inversions."""
+    group = command.add_argument_group("adapters")
+    group.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=_lora,
+        metavar="FILE[:C]",
+        help="a LoRA, with its coefficient (default 1); several with several; or <lora:NAME:C> in the prompt",
+    )
+    group.add_argument(
+        "--embedding",
+        dest="embeddings",
+        action="append",
+        type=_embedding,
+        metavar="[WORD=]FILE",
+        help="a textual inversion, with the word that stands for it (default: its own)",
+    )
+    group.add_argument("--adapter-folder", "--lora-folder", metavar="FOLDER", help="where LoRAs and embeddings are named from")
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE:C, where C is a number; a file's name may have colons."""
+    file, colon, coefficient = text.rpartition(":")
+    try:
+        return (file, float(coefficient)) if colon and file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _embedding(text: str) -> tuple[str, str | None]:
+    word, equals, file = text.partition("=")
+    return (file, word) if equals and file else (text, None)
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `ldm.Settings` that were given."""
     return {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}

@@ -23,6 +23,7 @@ FIELDS = {
     **dict.fromkeys(("task", "prompt", "sampler", "tokenizer", "dtype", "device"), str),
     **dict.fromkeys(("model", "versions"), dict),
 }
+OPTIONAL = {"adapters": list, "verdict": dict}
 PROBES = 64  # values looked at in each tensor
 
 
@@ -107,6 +108,10 @@ def from_json(text: str, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: its receipt has no {name}; expected one written by ldm")
         if not isinstance(receipt[name], kind):
             raise ValueError(f"{where}: its receipt has {name} {receipt[name]!r:.60}; expected one written by ldm")
+    for name, kind in OPTIONAL.items():
+        held = receipt.get(name, kind())
+        if not isinstance(held, kind) or not all(isinstance(part, dict) for part in held if kind is list):
+            raise ValueError(f"{where}: its receipt has {name} {held!r:.60}; expected one written by ldm")
     if receipt["format"] != FORMAT:
         raise ValueError(f"{where}: its receipt has format {receipt['format']!r}; this version reads {FORMAT}")
     return receipt

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from ldm.output import watermark
+from tests import lora_files
 
 SMALL = ("-W", "16", "-H", "16", "--steps", "1", "--seed", "1")
 
@@ -59,8 +61,9 @@ def test_a_picture_too_small_for_the_watermark_is_refused_before_it_is_made(comm
     assert told.status == 1 and "watermark on a picture of 16 x 16; it needs 256 x 256 pixels" in told.err
 
 
+@pytest.mark.reference
 def test_the_watermark_is_written_and_read_back(command, tmp_path):
-    pytest.importorskip("imwatermark", reason="needs the watermark extra: pip install '.[watermark]'")
+    pytest.importorskip("imwatermark", reason="needs the reference extra")
     from imwatermark import WatermarkDecoder
 
     marked = watermark.embed(grainy())
@@ -72,3 +75,33 @@ def test_the_watermark_is_written_and_read_back(command, tmp_path):
     decoder = WatermarkDecoder("bytes", 136)
     assert decoder.decode(np.ascontiguousarray(np.asarray(marked)[..., ::-1]), "dwtDct") == b"StableDiffusionV1"
     assert np.abs(np.asarray(marked).astype(int) - np.asarray(grainy())).mean() < 12
+
+
+@pytest.mark.parametrize("change", [{"adapters": 3}, {"adapters": ["x"]}, {"verdict": "good"}], ids=str)
+def test_a_receipt_that_was_tampered_with_is_refused_in_one_line(command, tmp_path, change):
+    made = command("txt2img", "a red cube", *SMALL)
+    with Image.open(made.paths[0]) as image:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("ldm", json.dumps({**json.loads(image.text["ldm"]), **change}))
+        image.save(tmp_path / "x.png", pnginfo=info)
+    told = command("inspect", tmp_path / "x.png")
+    assert told.status == 1 and len(told.err.splitlines()) == 1 and next(iter(change)) in told.err
+
+
+def test_loras_verdicts_and_what_of_a_lora_is_of_no_use_are_told(command, tmp_path, tiny_native_safe):
+    lora_files.kohya(tmp_path / "style.safetensors", **{"lora_unet_other.lora_up.weight": torch.ones(1)})
+    words = ("a <lora:style:0.5>", *SMALL, "--adapter-folder", tmp_path, "--embedding", f"toy={toy(tmp_path)}")
+    made = command("txt2img", *words, "--safety", "flag", model=tiny_native_safe)
+    assert made.status == 0
+    assert "ldm: warning: LoRA style: 1 tensors are of no layer of this model: lora_unet_other.lora_up.weight" in made.err
+    told = command("inspect", made.paths[0]).out
+    assert "  LoRA: style at 0.5\n" in told and "  embedding: toy\n" in told
+    (receipt,) = made.receipts
+    verdict = receipt["verdict"]
+    assert verdict["flagged"] and f"  safety: flagged for concepts {verdict['concepts']}; action: flag; margins" in told
+    assert f"by concept: 0: {verdict['margins'][0]}, 1: {verdict['margins'][1]}, " in told
+
+
+def toy(folder):
+    torch.save({"<toy>": torch.ones(2, 32)}, folder / "learned_embeds.bin")
+    return folder / "learned_embeds.bin"
