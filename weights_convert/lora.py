@@ -2,23 +2,14 @@
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3: W + (alpha / r) B A, with A (r, in) called down and B (out, r) called up. Convolutions
 have them too (LyCORIS' LoCon, Yeh et al. 2023, arXiv:2309.14859, section 3.1): down is then a convolution as the layer's own,
-or 1 x 1 with a mid one between, and up is 1 x 1. One layer is spelled, in the files in circulation,
-
-    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight       kohya, with .alpha beside it
-    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 the same in CompVis's names
-    down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight       diffusers, oldest
-    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight            diffusers, middle
-    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight               diffusers, today
-    base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight   PEFT
-
-and text encoders alike. Alpha is a tensor, or in the metadata of diffusers' file, or in the adapter_config.json beside PEFT's;
-where it is nowhere, it is r.
+or 1 x 1 with a mid one between, and up is 1 x 1. How files spell the layers is in `naming/lora.py`. Alpha is a tensor, or in
+the metadata of diffusers' file, or in the adapter_config.json beside PEFT's; where it is nowhere, it is r.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,24 +19,13 @@ from weights_convert.component import FLOATS
 from weights_convert.containers import TensorFile, open_tensors
 from weights_convert.errors import CheckpointError, shown
 from weights_convert.files import appearing_file, read_json
-from weights_convert.naming import bijection
+from weights_convert.naming.lora import NAMINGS, ROLE, Layer, kohya_names, layer_shapes, plain, spellings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Layer = tuple[str, str]  # "unet" or "text_encoder", and the native path of the layer
-NAMINGS = {"unet": ("diffusers", "compvis"), "text_encoder": ("transformers",)}
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_", "lora_te_", "lora_te1_")}
 WEIGHTS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file in a folder
-OLDEST = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 METADATA = "lora_adapter_metadata"  # diffusers' key in a safetensors file
-ROLE = re.compile(
-    r"(?P<layer>.+?)(?:"
-    r"\.lora_(?P<kohya>down|up|mid)\.weight"
-    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<diffusers>down|up)\.weight"
-    r"|\.lora_(?P<peft>[AB])(?:\.[^.]+)?\.weight"
-    r"|\.(?P<alpha>alpha))"
-)
 OTHERS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "oft_": "OFT", "ia3_": "IA3"}
 OTHERS |= {".diff": "differences of whole weights", ".lora_B.bias": "LoRA with offsets"}
 MODELS = {2048: "SDXL", 1280: "SDXL", 1024: "Stable Diffusion v2", 768: "Stable Diffusion v1"}  # by the width of the text
@@ -94,13 +74,13 @@ def read_lora(path: str | Path, architectures: Mapping[str, Architecture]) -> Lo
     """
     file = open_tensors(_weights_file(Path(path).expanduser()))
     _check_kind(file)
-    table = dict(_spellings(architectures))
+    table = dict(spellings(architectures))
     parts: dict[Layer, dict[str, str]] = {}
     spelled: dict[Layer, str] = {}
     left = []
     for name in file.specs:
         found = ROLE.fullmatch(name)
-        layer = table.get(_plain(found["layer"])) if found else None
+        layer = table.get(plain(found["layer"])) if found else None
         if not found or not layer:
             left.append(name)
             continue
@@ -111,7 +91,7 @@ def read_lora(path: str | Path, architectures: Mapping[str, Architecture]) -> Lo
         spelled[layer] = found["layer"]
     if not parts:
         raise CheckpointError(f"{file.path}: {_stranger(file)}")
-    shapes = dict(_shapes(architectures))
+    shapes = dict(layer_shapes(architectures))
     alphas = _alphas(file)
     layers = {
         layer: _factors(file, roles, shapes[layer], alphas.get(layer[0], _Alphas()), spelled[layer])
@@ -133,7 +113,7 @@ def write_lora(
     import torch
     from safetensors.torch import save_file
 
-    names = {layer: name for name, layer in _kohya(architectures)}
+    names = {layer: name for name, layer in kohya_names(architectures)}
     tensors = {}
     for layer, (down, up, alpha) in layers.items():
         tensors[f"{names[layer]}.lora_down.weight"] = down.detach().cpu().contiguous()
@@ -141,55 +121,6 @@ def write_lora(
         tensors[f"{names[layer]}.alpha"] = torch.tensor(float(alpha))
     with appearing_file(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-
-
-# -- Names -----------------------------------------------------------------------------------------------------------------
-
-
-def _shapes(architectures: Mapping[str, Architecture]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
-    """Every layer with a matrix or a kernel, and its weight's shape."""
-    for kind, architecture in architectures.items():
-        for entry in bijection(architecture, "native"):
-            if entry.native.endswith(".weight") and len(entry.shape) in (2, 4) and "_embedding.weight" not in entry.native:
-                yield (kind, entry.native.removesuffix(".weight")), entry.shape
-
-
-def _foreign(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, str, Layer]]:
-    """(naming, the foreign path, the layer)."""
-    for kind, architecture in architectures.items():
-        known = {layer for layer, _ in _shapes({kind: architecture})}
-        for naming in NAMINGS[kind]:
-            for entry in bijection(architecture, naming):
-                layer = kind, entry.native.removesuffix(".weight")
-                if layer in known and entry.native.endswith(".weight"):
-                    yield naming, entry.foreign.removesuffix(".weight"), layer
-
-
-def _kohya(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, Layer]]:
-    for naming, path, layer in _foreign(architectures):
-        if naming in ("diffusers", "transformers"):
-            yield KOHYA[layer[0]][0] + path.replace(".", "_"), layer
-
-
-def _spellings(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, Layer]]:
-    """Every spelling of every layer: kohya's, and the dotted one as `_plain` leaves it."""
-    for _, path, layer in _foreign(architectures):
-        for prefix in KOHYA[layer[0]]:
-            yield prefix + path.replace(".", "_"), layer
-        yield path, layer
-
-
-def _plain(name: str) -> str:
-    """A dotted name without what its tool puts before or into it."""
-    for prefix in ("base_model.model.", "unet.", "text_encoder.", "text_model."):
-        name = name.removeprefix(prefix)
-    if ".processor." in name:
-        name = name.replace(".processor.", ".")
-        return f"{name}.0" if name.endswith(".to_out") else name
-    head, _, last = name.rpartition(".")
-    if head.endswith("self_attn") and last.startswith("to_"):  # diffusers' oldest text encoders
-        return f"{head}.{OLDEST.get(last, last)}"
-    return name
 
 
 def _weights_file(path: Path) -> Path:
@@ -254,7 +185,7 @@ def _factors(file: TensorFile, roles: Mapping[str, str], shape: tuple[int, ...],
                 f"{file.path}: {roles[role]} is {list(found)}; expected {list(wanted)}{_made_for(found, wanted)}"
             )
         held[role] = held[role].reshape(wanted)
-    scale = alphas.of(_plain(spelled), rank)
+    scale = alphas.of(plain(spelled), rank)
     if "alpha" in held:
         if held["alpha"].numel() != 1:
             raise CheckpointError(f"{file.path}: {roles['alpha']} has {held['alpha'].numel()} numbers; expected one")

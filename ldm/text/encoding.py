@@ -56,7 +56,7 @@ def encode(
     """
     rows = _Rows(tokenizer, long_prompt)
     plans = [[_plan(part, rows, syntax) for part in prompt.parts] for prompt in prompts]
-    if _needs_empty(prompts, plans):
+    if _needs_empty(prompts, plans, syntax):
         rows.add(rows.empty)
     rows.encode(text_encoder, clip_skip)
     made = [_prompt(prompt, plan, rows, syntax) for prompt, plan in zip(prompts, plans, strict=True)]
@@ -154,10 +154,10 @@ def _plan(part: Passage | Blend, rows: _Rows, syntax: str) -> _Text | _Texts:
     return _Text(laid.weights, rows.add(laid), without, (laid.cut_off,))
 
 
-def _needs_empty(prompts: Sequence[Prompt], plans: list[list[_Text | _Texts]]) -> bool:
+def _needs_empty(prompts: Sequence[Prompt], plans: list[list[_Text | _Texts]], syntax: str) -> bool:
     """Whether anything is weighted against the empty text, or filled up with it."""
     texts = [[text for part in plan for text in part.texts] for plan in plans]
-    weighted = any(weight != 1 for plan in texts for text in plan for weight in text.weights)
+    weighted = syntax == "compel" and any(weight != 1 for plan in texts for text in plan for weight in text.weights)
     counts = {sum(len(part.texts[0].whole) for part in plan) for plan in plans}
     uneven = len(counts) > 1 or any(len({len(text.whole) for text in part.texts}) > 1 for plan in plans for part in plan)
     return weighted or uneven or any(weight != 1 for prompt in prompts for weight in prompt.weights)

@@ -9,6 +9,7 @@ than that is cut, or goes on in further windows, by one of these ways of dividin
     "commas"     after the last comma, where that leaves at most 20 places empty (AUTOMATIC1111's default)
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,8 @@ def _anywhere(ids: list[int], room: int, tokenizer: Tokenizer) -> int:
 def _after_sentence(ids: list[int], room: int, tokenizer: Tokenizer) -> int:
     texts = {i: text for text, i in tokenizer.vocabulary.items()}
     words = [texts.get(i, "") for i in ids[:room]]
-    for ends in ((".</w>",), (".</w>", ",</w>", ";</w>", ":</w>"), ("</w>",)):
-        if found := [i for i, word in enumerate(words) if word in ends or (ends == ("</w>",) and word.endswith("</w>"))]:
+    for pattern in (r"\.</w>", r"[.,;:]</w>", r".*</w>"):
+        if found := [i for i, word in enumerate(words) if re.fullmatch(pattern, word)]:
             return found[-1] + 1
     return room
 
