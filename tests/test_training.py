@@ -3,13 +3,10 @@ the model that one would."""
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +18,13 @@ import ldm
 from ldm.cli import run
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training import autoencoder, clip, recipe, unet
+from ldm.training import autoencoder, clip, denoising, recipe, unet
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, drawn, keep
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig, _matrix
 from ldm.training.processes import Processes, generator
+from tests.training_runs import environment, killed, largest_difference, steps_of
 from weights_convert.architecture import Sampling
 
-ROOT = Path(__file__).resolve().parent.parent
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
 RECIPE = """
 [autoencoder]
@@ -126,32 +123,15 @@ class Workshop:
             command += [part for option, name in models.items() for part in (option, self.folder / name / "model")]
         return [*map(str, command), "--device", "cpu", "--quiet", "--debug"]
 
-    def environment(self):
-        return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
     def train(self, stage, out, *settings, processes=1):
         """Train in this process, or in several."""
         command = self.command(stage, out, *settings, processes=processes)
         if processes == 1:
             assert run(command[command.index("train") :]) == 0
         else:
-            done = subprocess.run(command, env=self.environment(), cwd=out.parent, capture_output=True, text=True)
+            done = subprocess.run(command, env=environment(), cwd=out.parent, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
         return out / RESULT[stage]
-
-    def killed(self, stage, out, after):
-        """Run until `after` steps are logged, and kill."""
-        process = subprocess.Popen(self.command(stage, out), env=self.environment(), cwd=out.parent, stderr=subprocess.PIPE)
-        metrics, until = out / "metrics.jsonl", time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
-            if metrics.exists() and any(step >= after for step in steps_of(metrics)):
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.005)
-        return process.wait()
-
-
-def steps_of(metrics):
-    return [json.loads(line)["step"] for line in metrics.read_text().splitlines() if line.endswith("}")]
 
 
 # -- Stopped and resumed, on one process and on several ---------------------------------------------------------------------
@@ -161,7 +141,7 @@ def steps_of(metrics):
 def test_a_run_that_was_killed_and_resumed_ends_with_the_same_bytes(workshop, tmp_path, stage):
     undisturbed = workshop.train(stage, tmp_path / "undisturbed")
     after = random.Random(stage).choice((2, 4, 6))
-    status = workshop.killed(stage, tmp_path / "killed", after)
+    status = killed(workshop.command(stage, tmp_path / "killed"), tmp_path / "killed" / "metrics.jsonl", after)
     assert status == -signal.SIGKILL
     assert not (tmp_path / "killed" / RESULT[stage]).exists()
     resumed = workshop.train(stage, tmp_path / "killed")
@@ -188,16 +168,6 @@ def test_accumulating_micro_batches_is_training_on_the_whole_batch(workshop, tmp
         assert largest_difference(whole, parts) < 1e-5
 
 
-def largest_difference(one, other):
-    """Of all weights but the keys' biases: adding the same to every key changes no softmax, so their gradient is rounding
-    alone, which AdamW divides by its own size."""
-    from safetensors.torch import load_file
-
-    a, b = load_file(one), load_file(other)
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a if not name.endswith("attention.key.bias"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["clip", "unet"])
 def test_a_compiled_run_trains_the_same_model(workshop, tmp_path, stage):
@@ -219,7 +189,7 @@ def test_what_unet_training_makes_is_a_model_that_makes_pictures(workshop, tmp_p
 
 def test_a_trained_model_can_be_trained_on(workshop, tmp_path):
     workshop.train("unet", tmp_path / "run")
-    command = ["train", "unet", "--base", tmp_path / "run" / "model", "--out", tmp_path / "more", "--device", "cpu", "-q"]
+    command = ["train", "unet", "--model", tmp_path / "run" / "model", "--out", tmp_path / "more", "--device", "cpu", "-q"]
     command += ["--set", "steps=2", "--set", "batch=2", "--set", "data.count=8", "--set", "optimiser.learning_rate=0.0"]
     assert run([*map(str, command)]) == 0
     assert largest_difference(tmp_path / "run" / RESULT["unet"], tmp_path / "more" / RESULT["unet"]) == 0
@@ -263,8 +233,9 @@ def test_a_recipe_that_cannot_be_trained_is_refused_in_one_line(workshop, tmp_pa
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["autoencoder", "--base", "x"], "--base is for unet; autoencoder trains from nothing"),
-        (["unet"], "a UNet needs --base MODEL to go on from, or --autoencoder MODEL and --text-encoder MODEL"),
+        (["autoencoder", "--base", "x"], "--model is for unet and lora, not for autoencoder"),
+        (["lora", "--autoencoder", "x"], "--autoencoder is for unet, not for lora"),
+        (["unet"], "a UNet needs --model MODEL to go on from, or --autoencoder MODEL and --text-encoder MODEL"),
         (["judge", "--data", "x"], "--data is not for judge, which is made of drawn scenes"),
         (["bundled", "--set", "a=1"], "--set is for one stage; for bundled, write a recipe and name it with --recipe"),
         (["clip", "--recipe", "none.toml"], "none.toml: cannot be read as TOML"),
@@ -323,12 +294,11 @@ class Echo(nn.Module):
 @pytest.mark.parametrize("min_snr", [0.0, 5.0])
 def test_the_unets_loss_is_the_weighted_error_of_what_it_predicts(prediction, min_snr):
     schedule = ScheduleConfig(prediction=prediction)
-    made = unet.UNetRecipe(schedule=schedule, min_snr=min_snr)
     draw = torch.Generator().manual_seed(0)
     x0, noise, answer = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(3))
     t = torch.tensor([0, 400, 999])
     network = Echo(answer)
-    loss = unet._Loss(network, made)(x0, t, noise, torch.zeros(3, 7, 5))
+    loss = denoising.DenoisingLoss(network, schedule, min_snr)(x0, t, noise, torch.zeros(3, 7, 5))
 
     remaining = alpha_bar(schedule)[t].float()
     expected = 0.0
@@ -346,13 +316,12 @@ def test_the_unets_loss_is_the_weighted_error_of_what_it_predicts(prediction, mi
 
 
 def test_one_caption_in_ten_is_dropped_and_every_timestep_is_drawn():
-    made = unet.UNetRecipe()
-    draws = [unet.Draws(made, step, 500, (4, 2, 2)) for step in range(40)]
+    draws = [denoising.Draws(0, step, 500, (4, 2, 2), timesteps=1000, dropout=0.1) for step in range(40)]
     dropped = torch.cat([d.dropped for d in draws]).float().mean().item()
     assert abs(dropped - 0.1) < 0.01
     t = torch.cat([d.t for d in draws])
     assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
-    again = unet.Draws(made, 7, 500, (4, 2, 2))
+    again = denoising.Draws(0, 7, 500, (4, 2, 2), timesteps=1000, dropout=0.1)
     assert torch.equal(again.noise, draws[7].noise) and not torch.equal(draws[6].noise, draws[7].noise)
     assert abs(torch.corrcoef(torch.stack([again.noise.flatten(), again.posterior.flatten()]))[0, 1]) < 0.03
 

@@ -20,6 +20,7 @@ from weights_convert.containers import TensorFile, open_tensors
 from weights_convert.errors import CheckpointError, shown
 from weights_convert.files import appearing_file, read_json
 from weights_convert.naming.lora import NAMINGS, ROLE, Layer, kohya_names, layer_shapes, plain, spellings
+from weights_convert.writing import save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,18 +110,22 @@ def write_lora(
     architectures: Mapping[str, Architecture],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write down, up and alpha of layers as kohya spells them, to a new `.safetensors` file that appears when it is whole."""
-    import torch
-    from safetensors.torch import save_file
+    """Write down, up and alpha of layers as kohya spells them, to a new `.safetensors` file that appears when it is whole.
 
-    names = {layer: name for name, layer in kohya_names(architectures)}
+    Factors of a layer that is a 1 x 1 convolution elsewhere, and a matrix here, are written as convolutions.
+    """
+    import torch
+
     tensors = {}
-    for layer, (down, up, alpha) in layers.items():
-        tensors[f"{names[layer]}.lora_down.weight"] = down.detach().cpu().contiguous()
-        tensors[f"{names[layer]}.lora_up.weight"] = up.detach().cpu().contiguous()
-        tensors[f"{names[layer]}.alpha"] = torch.tensor(float(alpha))
+    for layer, name, shape in kohya_names(architectures):
+        if layer in layers:
+            down, up, alpha = layers[layer]
+            ones = (1,) * (len(shape) - down.ndim)
+            tensors[f"{name}.lora_down.weight"] = down.detach().cpu().reshape(*down.shape, *ones).contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.detach().cpu().reshape(*up.shape, *ones).contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     with appearing_file(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        save(tensors, temporary, metadata)
 
 
 def _weights_file(path: Path) -> Path:

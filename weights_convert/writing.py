@@ -1,5 +1,6 @@
 """What every writer needs: tensors cast and checked as they pass, and a file of them saved."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> 
     try:
         if path.suffix == ".safetensors":
             save_file(tensors, path, metadata={"format": "pt", **strings})
+            _order_strings(path)
         else:
             torch.save({"state_dict": tensors, **strings}, path)
     except SafetensorError as error:
@@ -58,6 +60,18 @@ def save(tensors: Mapping[str, Any], path: Path, strings: Mapping[str, str]) -> 
     except RuntimeError as error:  # torch's own words do not say so
         raise OSError(f"is the disk full? torch.save failed with: {brief(error)}") from None
     path.chmod(0o666 & ~_umask())  # safetensors leaves the file to its owner alone
+
+
+def _order_strings(path: Path) -> None:
+    """Put the strings of a safetensors file's header in order: the library leaves them in a new one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def _unshared(tensors: Mapping[str, Any]) -> dict[str, Any]:

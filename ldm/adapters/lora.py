@@ -8,13 +8,14 @@ has factors for gives W x + c (alpha / r) B A x, c being the coefficient that th
     lora.merge(model, [(style, 0.8)])       # new weights where they change; as fast as the model without
     lora.unmerge(merged)                    # the weights that were there before, bit for bit
 
-None of these changes the model that is given: what comes back shares with it all tensors that stay.
+None of these changes the model that is given: what comes back shares with it all tensors that stay. `with_pairs` gives a model
+with new factors that can be trained (`ldm train lora`).
 """
 
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from ldm.checkpoint import Components
 from ldm.models.unet_blocks import Shortcut
 from weights_convert import architecture
 from weights_convert.lora import Factors, LoRA, read_lora
+from weights_convert.naming.lora import Layer
 
 KINDS = {"unet": architecture.UNet, "text_encoder": architecture.TextEncoder}
 Uses = Sequence[tuple[LoRA, float]]  # LoRAs, each with its coefficient
@@ -35,8 +37,12 @@ def read(path: str | Path, components: Components) -> LoRA:
 
     Raises CheckpointError, one line, for a file that has nothing for this model, does not fit it, or is damaged.
     """
-    shapes = {kind: made(**dataclasses.asdict(getattr(components, kind).config)) for kind, made in KINDS.items()}
-    return read_lora(path, shapes)
+    return read_lora(path, architectures(components))
+
+
+def architectures(components: Components) -> dict[str, architecture.Architecture]:
+    """What LoRAs may change of a model, as `weights_convert.lora` wants it."""
+    return {kind: made(**dataclasses.asdict(getattr(components, kind).config)) for kind, made in KINDS.items()}
 
 
 def attach(components: Components, uses: Uses) -> Components:
@@ -64,6 +70,21 @@ def unmerge(components: Components) -> Components:
         changed[kind] = _with_layers(module, dict.fromkeys(paths, _restored))
     kept = tuple(adapter for adapter in components.adapters if not adapter.get("merged"))
     return dataclasses.replace(components, **changed, adapters=kept)
+
+
+def with_pairs(
+    components: Components, layers: Iterable[Layer], rank: int, alpha: float, random: torch.Generator
+) -> tuple[Components, "dict[Layer, Pair]"]:
+    """A model with factors beside these layers, (kind, path), that can be trained; it begins as the model that is given.
+
+    The layers' own weights are shared, and learn as well wherever they require gradients.
+    """
+    pairs = {(kind, path): Pair(getattr(components, kind).get_submodule(path), rank, alpha, random) for kind, path in layers}
+    changed = {}
+    for kind in KINDS:
+        changes = {path: (lambda layer, pair=pair: _paired(layer, pair)) for (of, path), pair in pairs.items() if of == kind}
+        changed[kind] = _with_layers(getattr(components, kind), changes)
+    return dataclasses.replace(components, **changed), pairs
 
 
 def _changed(components: Components, uses: Uses, change: Callable, *, merged: bool) -> Components:
@@ -139,6 +160,33 @@ def _restored(layer: nn.Module) -> nn.Module:
     made = shallow_copy(layer)
     (made.weight,) = layer.before_merging
     del made.before_merging
+    return made
+
+
+# -- Factors that are trained ----------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """The factors of one layer: `down` (r, in) or (r, in, k, k) is drawn from N(0, 1 / in), `up` (out, r) begins as zero."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, random: torch.Generator):
+        super().__init__()
+        weight = layer.weight
+        down = torch.randn(rank, *weight.shape[1:], generator=random) / weight[0].numel() ** 0.5
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(len(weight), rank, *(1,) * (weight.ndim - 2), device=weight.device))
+        self.scale = alpha / rank
+
+    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What is added to the layer's output."""
+        return self.scale * _branch(layer, x, self.down, None, self.up)
+
+
+def _paired(layer: nn.Module, pair: Pair) -> nn.Module:
+    """A copy of the layer that has the pair as a part."""
+    made = shallow_copy(layer)
+    made.lora = pair
+    made.register_forward_hook(lambda layer, inputs, output: output + layer.lora.beside(layer, inputs[0]))
     return made
 
 

@@ -4,6 +4,7 @@ Both are used alike: `len(data)`, `data.images(indices)` -> uint8 (b, 3, size, s
 `batch_of` says which indices a step sees: a fresh order for every pass, and a function of the step alone.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -72,6 +73,11 @@ class Scenes:
         self.seed, self.count, self.size, self.split = seed, count, size, split
         self.file: np.ndarray | None = None
 
+    @property
+    def identity(self) -> str:
+        """What names this data, and no other, in files made of it."""
+        return f"scenes-{self.split}-{self.seed}-{self.count}"
+
     def __len__(self) -> int:
         return self.count
 
@@ -97,7 +103,7 @@ class Scenes:
 
 def drawn(scenes: Scenes, cache: Path, processes: Processes) -> Scenes:
     """The scenes with their pictures in a file of the folder `cache`, rendered now unless they are there."""
-    file = cache / f"scenes-{scenes.split}-{scenes.seed}-{scenes.count}-{scenes.size}.npy"
+    file = cache / f"{scenes.identity}-{scenes.size}.npy"
     if processes.leads:
         keep(file, scenes.count, (3, scenes.size, scenes.size), scenes.images, np.uint8)
     processes.wait()
@@ -119,6 +125,15 @@ class Folder:
             raise ValueError(f"{folder}: holds no picture with a caption; expected name.txt beside name.png, or metadata.jsonl")
         self.items = self.items[:most]
         self._readers = ThreadPoolExecutor(8)
+
+    @property
+    def identity(self) -> str:
+        """What names this data, and no other, in files made of it: a hash of names, sizes and times of change, and captions."""
+        digest = hashlib.sha256()
+        for path, caption in self.items:
+            about = path.stat()
+            digest.update(json.dumps([os.path.relpath(path, self.folder), about.st_size, about.st_mtime_ns, caption]).encode())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,17 @@ MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile")  # b
 
 
 class Ledger:
-    """The folder of one run. Only the first process writes."""
+    """The folder of one run. Only the first process writes.
 
-    def __init__(self, folder: Path, recipe: Any, processes: Processes, *, quiet: bool = False):
+    given: what else than the recipe a resumed run must have in common with what was begun.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Any, processes: Processes, *, given: Mapping[str, str] | None = None, quiet: bool = False
+    ):
         self.folder, self.recipe, self.processes = folder, recipe, processes
         self.settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+        self.settings |= given or {}
         self.settings["batch of all processes"] = recipe.batch * recipe.accumulation * processes.count
         self.quiet = quiet or not processes.leads
         self.step, self.spent = 0, 0.0

@@ -39,26 +39,27 @@ def layer_shapes(architectures: Mapping[str, Architecture]) -> Iterator[tuple[La
                 yield (kind, entry.native.removesuffix(".weight")), entry.shape
 
 
-def _foreign(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, str, Layer]]:
-    """(naming, the foreign path, the layer)."""
+def _foreign(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, str, Layer, tuple[int, ...]]]:
+    """(naming, the foreign path, the layer, the foreign weight's shape)."""
     for kind, architecture in architectures.items():
         known = {layer for layer, _ in layer_shapes({kind: architecture})}
         for naming in NAMINGS[kind]:
             for entry in bijection(architecture, naming):
                 layer = kind, entry.native.removesuffix(".weight")
                 if layer in known and entry.native.endswith(".weight"):
-                    yield naming, entry.foreign.removesuffix(".weight"), layer
+                    yield naming, entry.foreign.removesuffix(".weight"), layer, entry.foreign_shape
 
 
-def kohya_names(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, Layer]]:
-    for naming, path, layer in _foreign(architectures):
+def kohya_names(architectures: Mapping[str, Architecture]) -> Iterator[tuple[Layer, str, tuple[int, ...]]]:
+    """Every layer with kohya's name for it, and its weight's shape where that name comes from."""
+    for naming, path, layer, shape in _foreign(architectures):
         if naming in ("diffusers", "transformers"):
-            yield KOHYA[layer[0]][0] + path.replace(".", "_"), layer
+            yield layer, KOHYA[layer[0]][0] + path.replace(".", "_"), shape
 
 
 def spellings(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, Layer]]:
     """Every spelling of every layer: kohya's, and the dotted one as `plain` leaves it."""
-    for _, path, layer in _foreign(architectures):
+    for _, path, layer, _ in _foreign(architectures):
         for prefix in KOHYA[layer[0]]:
             yield prefix + path.replace(".", "_"), layer
         yield path, layer
