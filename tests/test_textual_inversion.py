@@ -14,7 +14,9 @@ from ldm.adapters.textual_inversion import attach
 from ldm.models.clip import pool
 from ldm.output.receipt import fingerprint
 from ldm.text import encoding
+from ldm.text.prompt import Fragment
 from ldm.text.tokenizer import START, Tokenizer
+from ldm.text.windows import lay
 from tests import seeded
 from tests.refusal import CONTAINERS, one_line, refused_cheaply
 from tests.test_bad_pickles import contained, number, programs, text
@@ -334,6 +336,33 @@ def test_an_embedding_longer_than_a_window_goes_on_in_the_next(tiny, long_prompt
     *_, comma, a, cat = (token.id for token in model.tokenizer.tokens("sks, a cat")[1])
     rows = [[49406, *range(49408, 49483), 49407], [49406, *range(49483, 49488), comma, a, cat, *[49407] * 68]]
     assert torch.equal(states, model.text_encoder(torch.tensor(rows)).flatten(0, 1))
+
+
+@pytest.mark.parametrize("before", [72, 73, 75, 150])
+def test_where_windows_are_divided_at_commas_an_embedding_goes_whole_into_the_next(tiny, before):
+    """As AUTOMATIC1111 has it; three vectors do not fit behind 73 tokens, and nothing is moved for a comma before them."""
+    tokenizer = attach(tiny, [embedding("sks", 3)]).tokenizer
+    fragments = [Fragment("a, " + "cat " * (before - 2) + "sks dog")]
+    ids = lay(tokenizer, fragments, "commas").ids
+    at = before + 1 if before == 72 else (-(-before // 75)) * 77 + 1
+    assert ids.count(49408) == 1 and ids[at : at + 3] == (49408, 49409, 49410)
+    divided = lay(tokenizer, fragments, "windows").ids
+    assert (divided == ids) == (before != 73)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "prompt"),
+    [("compel", "a cat-toy+"), ("compel", "a (cat-toy+)1.2"), ("compel", '("a cat-toy+", "b").and()'), ("a1111", "a [x]")],
+)
+def test_a_placeholder_that_the_syntax_takes_apart_is_refused(tiny, syntax, prompt):
+    model = attach(tiny, [embedding("cat-toy+"), embedding("[x]", 1)])
+    fields = {"steps": 1, "width": 32, "height": 32, "seed": 0, "decode": False}
+    with pytest.raises(ValueError) as caught:
+        ldm.txt2img(model, "a good one", negative_prompt=prompt, prompt_syntax=syntax, **fields)
+    rule = f"which the {syntax} syntax reads as something else than a word; give it another name"
+    assert rule in one_line(caught.value)
+    ldm.txt2img(model, prompt, **fields)  # plain
+    ldm.txt2img(model, prompt.replace("cat-toy+", "cat-toy").replace("[x]", "x"), prompt_syntax=syntax, **fields)
 
 
 def test_rows_go_where_the_model_goes(tiny):

@@ -19,7 +19,7 @@ def find(name: str, folder: str | Path | None, what: str) -> Path:
         raise CheckpointError(f"{what} {name!r}: there is no such file; give its path, or the folder it is in (adapter_folder)")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"{what} {name!r}: adapter_folder {str(folder)!r} is no folder")
+        raise CheckpointError(f"{what} {name!r}: adapter_folder {str(folder)!r} is no folder; name the one it is in")
     inside = Path(path.name)  # of a path from elsewhere, its last part; so no name leads out of the folder
     for candidate in (folder / inside, *(folder / f"{inside}{ending}" for ending in ENDINGS)):
         if inside.name and _exists(candidate):

@@ -16,6 +16,9 @@ def add(commands: Any) -> None:
     command.add_argument("--image", "--init-img", metavar="FILE", help="the picture it was made from, by img2img or inpaint")
     command.add_argument("--mask", metavar="FILE", help="the mask it was made with, by inpaint")
     command.add_argument("--invert-mask", action="store_true", help="where it was made with --invert-mask")
+    command.add_argument(
+        "--adapter-folder", "--lora-folder", metavar="FOLDER", help="where its LoRAs and embeddings are (default: as it says)"
+    )
     command.add_argument("-o", "--out", metavar="FOLDER", help="also write the new picture there")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     options.add_model(command)
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
             return x
 
-        found = replay(components, receipt, **sources, after_step=after_step)
+        found = replay(components, receipt, **sources, adapter_folder=args.adapter_folder, after_step=after_step)
     if args.out is not None:
         print(files.save(found.image, found.receipt, Path(args.out)))
     farthest, share = images.difference(found.image, images.read(args.picture))

@@ -11,7 +11,8 @@ from ldm.checkpoint import Components
 from ldm.pipelines.settings import Settings
 from ldm.text import encoding
 from ldm.text.encoding import Contexts
-from ldm.text.prompt import Prompt, PromptError
+from ldm.text.prompt import Prompt, PromptError, take_loras
+from ldm.text.tokenizer import Tokenizer
 from weights_convert.embedding import read_embedding
 
 
@@ -57,6 +58,8 @@ def read(components: Components, prompts: Sequence[str], settings: Settings) -> 
                 f"prompts {_shown(prompts[0])} and {_shown(text)} name other LoRAs; make them in calls of their own"
             )
     adapted = _adapted(components, (*settings.loras, *parsed[0].loras), settings)
+    for text, prompt in zip((settings.negative_prompt, *prompts), (negative, *parsed), strict=True):
+        _check_placeholders(text, prompt, adapted.tokenizer, settings.prompt_syntax)
     return Conditioning(adapted, settings, [negative, *parsed])
 
 
@@ -79,6 +82,16 @@ def _parsed(what: str, text: str, syntax: str) -> Prompt:
     if prompt.swaps:
         raise ValueError(f"{what} {_shown(text)} has a .swap, which the pipelines cannot make; write the words that are wanted")
     return prompt
+
+
+def _check_placeholders(text: str, prompt: Prompt, tokenizer: Tokenizer, syntax: str) -> None:
+    """Refuse a placeholder that stands in the text, but which the syntax took apart: `toy+` is more of "toy" to compel."""
+    words = take_loras(text)[0].lower()
+    read = "\n".join(fragment.text for passage in prompt.passages for fragment in passage.original).lower()
+    for placeholder in tokenizer.placeholders:
+        if not placeholder.isalnum() and words.count(placeholder) > read.count(placeholder):
+            what = f"embedding {placeholder!r}, which the {syntax} syntax reads as something else than a word"
+            raise ValueError(f"prompt {_shown(text)} has {what}; give it another name, as in word=file.pt")
 
 
 def _shown(text: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -41,13 +42,15 @@ def replay(
     *,
     image: Image.Image | Tensor | None = None,
     mask: Image.Image | None = None,
+    adapter_folder: str | Path | None = None,
     after_step: AfterStep = keep,
 ) -> Replay:
     """Make the picture of `receipt` (see `Result.receipts` and `ldm.output.files.read_receipt`) again.
 
-    image, mask: what it was made from, where it was; they must be the same (of latents, that image's own row). Raises
-    ValueError where they are not, or where the receipt tells of something that no receipt can hold, such as noise given as
-    a tensor.
+    image, mask: what it was made from, where it was; they must be the same (of latents, that image's own row).
+    adapter_folder: where its LoRAs and embeddings are, if no longer where the receipt says. Raises
+    ValueError where any of them is another, or where the receipt tells of something that no receipt can hold, such as noise
+    given as a tensor.
     """
     if not isinstance(receipt, Mapping):
         raise ValueError(f"receipt is a {type(receipt).__name__}; expected what ldm.read_receipt returns")
@@ -65,8 +68,11 @@ def replay(
         elif source is not None:
             raise ValueError(f"the picture was made without any {name}; leave it out")
     known = [field.name for field in dataclasses.fields(Settings) if field.name not in ("decode", "batch_size")]
-    settings = checked({name: receipt[name] for name in known if name in receipt})
-    fields = {name: receipt[name] for name in (*known, "width", "height", *OWN_FIELDS[task]) if name in receipt}
+    fields = {name: receipt[name] for name in known if name in receipt}
+    if adapter_folder is not None:
+        fields["adapter_folder"] = adapter_folder
+    settings = checked(fields)
+    fields |= {name: receipt[name] for name in ("width", "height", *OWN_FIELDS[task]) if name in receipt}
     together = check_prompts(receipt.get("prompts", receipt.get("prompt")))
     count = len(together) * settings.num_images
     at = receipt.get("index") if "prompts" in receipt else 0

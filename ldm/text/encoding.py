@@ -67,8 +67,7 @@ def encode(
 
 def cut_off(prompt: Prompt, tokenizer: Tokenizer, long_prompt: str) -> str:
     """The text of a prompt that does not fit, without encoding any."""
-    passages = [passage for part in prompt.parts for passage in (part.passages if isinstance(part, Blend) else (part,))]
-    return " ".join(cut for p in passages if (cut := lay(tokenizer, p.original, long_prompt).cut_off))
+    return " ".join(cut for p in prompt.passages if (cut := lay(tokenizer, p.original, long_prompt).cut_off))
 
 
 class _Rows:

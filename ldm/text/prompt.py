@@ -69,9 +69,13 @@ class Prompt:
     loras: tuple[tuple[str, float], ...] = ()
 
     @property
+    def passages(self) -> tuple[Passage, ...]:
+        """All of them, those of blends too."""
+        return tuple(p for part in self.parts for p in (part.passages if isinstance(part, Blend) else (part,)))
+
+    @property
     def swaps(self) -> bool:
-        passages = [passage for part in self.parts for passage in (part.passages if isinstance(part, Blend) else (part,))]
-        return any(isinstance(fragment, Swap) for passage in passages for fragment in passage.fragments)
+        return any(isinstance(fragment, Swap) for passage in self.passages for fragment in passage.fragments)
 
 
 def plain(text: str) -> Prompt:

@@ -6,7 +6,8 @@ than that is cut, or goes on in further windows, by one of these ways of dividin
     "cut"        one window; the rest is reported and dropped
     "windows"    every length - 2 tokens, wherever that falls
     "sentences"  after the last full stop that fits, or else the last , . ; or :, or else the last word (compel's default)
-    "commas"     after the last comma, where that leaves at most 20 places empty (AUTOMATIC1111's default)
+    "commas"     after the last comma, where that leaves at most 20 places empty (AUTOMATIC1111's default); and a textual
+                 inversion of several vectors goes whole into the next window
 """
 
 import re
@@ -98,11 +99,23 @@ def _after_sentence(ids: list[int], room: int, tokenizer: Tokenizer) -> int:
 
 
 def _after_comma(ids: list[int], room: int, tokenizer: Tokenizer) -> int:
-    """A comma that is itself the first beyond goes into the next window, and nothing is moved for it."""
+    """A comma that is itself the first beyond goes into the next window, and nothing is moved for it; nor is it for a textual
+    inversion that the end of the window would divide."""
+    if beginning := _divided(ids, room, tokenizer):
+        return beginning
     comma = tokenizer.vocabulary.get(",</w>")
     commas = [i for i in range(room) if ids[i] == comma]
     near = commas and ids[room] != comma and room - commas[-1] <= COMMA_REACH
     return commas[-1] + 1 if near else room
+
+
+def _divided(ids: list[int], at: int, tokenizer: Tokenizer) -> int:
+    """Where the placeholder begins that has tokens on both sides of `at`; 0 if there is none, or it begins the window."""
+    for own in tokenizer.placeholders.values():
+        for start in range(max(0, at - len(own) + 1), at):
+            if tuple(ids[start : start + len(own)]) == own:
+                return start
+    return 0
 
 
 DIVISIONS = {"cut": _anywhere, "windows": _anywhere, "sentences": _after_sentence, "commas": _after_comma}

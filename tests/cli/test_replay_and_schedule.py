@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import PngImagePlugin
 
 import ldm
@@ -19,6 +20,7 @@ from ldm.diffusion.schedule import ScheduleConfig
 from ldm.output import files
 from ldm.pipelines.settings import Settings
 from ldm.samplers import all_samplers
+from tests import lora_files
 from tests.command_line import PROMPT, ROOT, SMALL, Done, refused
 from tests.refusal import one_line
 
@@ -84,6 +86,23 @@ def test_an_inpainted_picture_needs_its_mask_again(command, tmp_path, picture, m
     refused(command("replay", made, "--image", picture, "-q"), tmp_path, "was made with a mask; give that as mask too", there=1)
     made = command("inpaint", PROMPT, "--image", picture, "--mask", mask, "--invert-mask", "--steps", "2", "-q").paths[0]
     assert command("replay", made, "--image", picture, "--mask", mask, "--invert-mask", "-q").status == 0
+
+
+def test_adapters_that_were_moved_are_named_by_their_new_folder(command, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    style = lora_files.kohya(old / "style.safetensors")
+    torch.save({"<toy>": torch.ones(2, 32)}, old / "toy.bin")
+    words = ("--lora", f"{style}:0.7", "--embedding", "cat=toy", "--adapter-folder", old)
+    made = command("txt2img", "a cat <lora:style:0.2>", *SMALL, *words).paths[0]
+    assert command("replay", made, "-q").out == "the same, pixel for pixel\n"
+    old.rename(new)
+    refused(command("replay", made, "-q"), tmp_path, "'toy'", str(old), "is no folder; name the one it is in", there=1)
+    done = command("replay", made, "-q", "--adapter-folder", new)
+    assert (done.status, done.out, done.err) == (0, "the same, pixel for pixel\n", "")
+    lora_files.kohya(new / "style.safetensors", seed=1)
+    done = command("replay", made, "-q", "--adapter-folder", new)
+    assert done.status == 3 and "the files of its adapters" in done.err
 
 
 def test_a_picture_whose_pixels_were_edited_is_found_out(command, tmp_path):
