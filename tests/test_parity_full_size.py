@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import weights_convert
+from ldm.adapters import lora
 from ldm.checkpoint import load, load_module
 from ldm.models.clip import pool
 from ldm.models.safety import SafetyConfig
 from ldm.pipelines.autoencoding import decode
 from ldm.pipelines.text_to_image import txt2img
 from ldm.presets import preset
-from tests import seeded
+from tests import lora_files, seeded
 from tests.measure import relative_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.reference]
@@ -157,6 +158,77 @@ def test_autoencoder_moments_and_decode(folder):
         lambda dtype: ours(folder, "autoencoder", dtype),
         cases,
     )
+
+
+# -- LoRA
+
+COEFFICIENTS = (0.0, 0.5, 1.0)
+LORA_TOLERANCE = 1e-5  # of eps and of text states, both sides in float32
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """A file of kohya's, rank 4 and alpha 3, for every projection of every attention of the UNet and the text encoder."""
+    from tests import peers
+
+    config = preset("sd-v1")
+    with torch.device("meta"):
+        modules = {"unet": peers.unet(config.unet), "text_encoder": peers.text_encoder(config.text_encoder)}
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+    layers = {}
+    for kind, module in modules.items():
+        prefix = "" if kind == "unet" else "text_model."
+        for name, layer in module.named_modules():
+            if name.endswith(ends):
+                layers[prefix + name.removeprefix("text_model.")] = (kind, "", tuple(layer.weight.shape))
+    assert len(layers) == 16 * 2 * 4 + 12 * 4
+    return lora_files.kohya(tmp_path_factory.mktemp("lora") / "style.safetensors", layers)
+
+
+def test_a_lora_changes_text_states_and_eps_as_it_changes_diffusers(folder, style):
+    """At coefficients 0, 0.5 and 1; in float64, where peers have float64 sinusoids, and in float32, where they have not."""
+    from diffusers import StableDiffusionPipeline
+
+    from tests import peers
+
+    x, context = seeded.tensor("x", 2, 4, 32, 32), seeded.tensor("context", 2, 77, 768)
+    t, tokenizer = torch.tensor((500, 981)), load(folder).tokenizer
+    ids = tokenizer(["a red cube on top of a blue sphere", ""]).ids
+    outputs = {}
+    for dtype in (PRECISE, SINGLE):
+        peer = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
+        if dtype == PRECISE:
+            peers.exact_timesteps(peer.unet)
+        peer.load_lora_weights(style, adapter_name="style")
+        for coefficient in COEFFICIENTS:
+            peer.set_adapters(["style"], [coefficient])
+            states = peer.text_encoder(ids).last_hidden_state
+            outputs["peer", dtype, coefficient] = states, peer.unet(x.to(dtype), t, context.to(dtype)).sample
+        del peer
+        gc.collect()
+        model = load(folder, dtype=dtype)
+        used = lora.read(style, model)
+        assert not used.left and len(used.layers) == 176
+        for coefficient in COEFFICIENTS:
+            for change in (lora.attach, lora.merge):
+                made = change(model, [(used, coefficient)])
+                states, eps = made.text_encoder(ids), made.unet(x.to(dtype), t, context.to(dtype))
+                outputs[change.__name__, dtype, coefficient] = states, eps
+                del made
+                gc.collect()
+        del model
+        gc.collect()
+    print(f"\n{'LoRA, coefficient':<24}{'':<14}{'float64':>10}{'float32':>10}{'the LoRA does':>15}")
+    for coefficient in COEFFICIENTS:
+        for i, what in enumerate(("text states", "eps")):
+            for way in ("attach", "merge"):
+                precise, single = (
+                    relative_error(outputs[way, dtype, coefficient][i], outputs["peer", dtype, coefficient][i])
+                    for dtype in (PRECISE, SINGLE)
+                )
+                does = relative_error(outputs[way, PRECISE, coefficient][i], outputs["peer", PRECISE, 0.0][i])
+                print(f"{way + ' ' + str(coefficient):<24}{what:<14}{precise:>10.1e}{single:>10.1e}{does:>15.1e}", flush=True)
+                assert precise < TOLERANCE and single < LORA_TOLERANCE and (does > 1e-3) == (coefficient > 0)
 
 
 # -- From text to pixels
