@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm.adapters import lora
+from ldm.adapters import lookup, lora
 from ldm.diffusion.guidance import guided
 from ldm.output.receipt import fingerprint
 from tests import lora_files, seeded
@@ -238,6 +239,19 @@ def test_a_receipt_with_loras_is_replayed_and_another_file_is_told(model, files,
     (tmp_path / "style.safetensors").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="LoRA 'style': there is no such file in"):
         ldm.replay(model, receipt)
+
+
+def test_a_bare_name_is_a_files_before_it_is_a_folders(files, tmp_path, monkeypatch):
+    """What a LoRA learned from may lie beside it under its name; a folder as diffusers and PEFT write it is found too."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapters/style", "adapters/saved", "style", "saved"):
+        (tmp_path / name).mkdir(parents=True)
+    file = tmp_path / "adapters" / "style.safetensors"
+    file.write_bytes(files["kohya"].read_bytes())
+    assert lookup.find("style", "adapters", "LoRA") == Path("adapters/style.safetensors")
+    assert lookup.find("saved", "adapters", "LoRA") == Path("adapters/saved")
+    assert lookup.find("./style", None, "LoRA") == Path("style")
+    assert lookup.find(str(tmp_path / "style"), "adapters", "LoRA") == tmp_path / "style"
 
 
 @pytest.mark.parametrize(
