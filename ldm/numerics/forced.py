@@ -1,0 +1,95 @@
+"""Whose error is it: what a part adds, and what it was given already wrong.
+
+Our model is run with the other side's numbers in the place of its own: every part that the trace has computes from what the other
+side's parts before it computed, is compared with what that side's own part made of the same, and hands that on. What is left
+of a difference is what the part itself, or the arithmetic between it and the parts before it, adds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import Components
+from ldm.numerics.compare import Difference, arranged, difference
+from ldm.numerics.traces import Key, Trace
+
+# By type of the trace's tensors: what rounding alone makes of one part, relative to the largest value.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@torch.no_grad()
+def added(
+    components: Components, trace: Trace, *, tolerance: float | None = None, calls: list[int] | None = None
+) -> list[Difference]:
+    """For every part of ours that the trace has: how far what it makes of the trace's own numbers is from the trace.
+
+    In the order of execution: text encoder, the network's calls (all, or `calls`), decoder. What a trace has no inputs of is
+    left out: `text_encoder.ids`, `unet.x`, `unet.t` and `unet.context`, `autoencoder.latents`.
+    """
+    rows: list[Difference] = []
+    for part in stages(trace, calls):
+        rows += forced(components, trace, part, tolerance)
+    return rows
+
+
+def stages(trace: Trace, calls: list[int] | None = None) -> list[Key]:
+    """The runs of a component that the trace has the inputs of, named by one of the inputs."""
+    found = [key for key in trace.keys if key.name == "text_encoder.ids"]
+    for call in range(trace.calls) if calls is None else calls:
+        inputs = [trace.find(Key(f"unet.{name}", call)) for name in ("x", "t", "context")]
+        if all(inputs):
+            found.append(Key("unet.x", call))
+    return found + [key for key in trace.keys if key.name == "autoencoder.latents"]
+
+
+@torch.no_grad()
+def forced(components: Components, trace: Trace, stage: Key, tolerance: float | None = None) -> list[Difference]:
+    """One of `stages`, forced."""
+    component = stage.name.partition(".")[0]
+    module = getattr(components, component)
+    weight = next(module.parameters())
+
+    def given(name: str) -> Tensor:
+        key = trace.find(Key(f"{component}.{name}", stage.call, stage.repeat))
+        assert key is not None
+        value = trace[key]
+        return value.to(weight.device, weight.dtype if value.dtype.is_floating_point and name != "t" else value.dtype)
+
+    rows: list[Difference] = []
+    with forcing(module, component, trace, stage, rows, tolerance):
+        if component == "text_encoder":
+            module(given("ids"))
+        elif component == "unet":
+            module(given("x"), given("t").reshape(-1), given("context"))
+        else:
+            module.decode(given("latents"))
+    return rows
+
+
+@contextmanager
+def forcing(
+    module: nn.Module, component: str, trace: Trace, stage: Key, rows: list[Difference], tolerance: float | None = None
+) -> Iterator[None]:
+    """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's tensor."""
+    hooks = []
+    for path, part in module.named_modules():
+        name = f"{component}.{path}" if path else component
+        key = trace.find(Key(name, stage.call, stage.repeat))
+        if key is None or isinstance(part, nn.ModuleList | nn.Identity):
+            continue
+
+        def replace(_: nn.Module, args: tuple, out: Tensor, key: Key = key, name: str = name) -> Tensor:
+            recorded = trace[key]
+            held = TOLERANCES.get(recorded.dtype, 0.0) if tolerance is None else tolerance
+            rows.append(difference(Key(name, stage.call, stage.repeat), out, recorded, held))
+            turned = arranged(out.shape, recorded)
+            return out if turned is None else turned[0].to(out).contiguous()
+
+        hooks.append(part.register_forward_hook(replace))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
