@@ -23,10 +23,10 @@ TEXT = "text_encoder"
 class Difference:
     """How far b is from a in one tensor.
 
-    largest: max |a - b|. relative: that over max |a|; infinite where one has NaN that the other has not; of pictures of 8 bits the
-    mean |a - b| over 255, since a few of them round the other way. cosine: of the angle
-    between the two. ulp: the median of |a - b| in units of the last place of the coarser type. tolerance: what `relative` is
-    held against. arranged: how b had to be turned to have a's shape, "" for not at all, None where it cannot be.
+    largest: max |a - b|. relative: that over max |a|; infinite where one has NaN that the other has not; of pictures of 8
+    bits the mean |a - b| over 255, since a few of them round the other way. cosine: of the angle between the two. ulp: the
+    median of |a - b| in units of the last place of the coarser type. tolerance: what `relative` is held against. arranged: how
+    b had to be turned to have a's shape, "" for not at all, None where it cannot be.
     """
 
     key: Key
@@ -101,10 +101,11 @@ class _Texts:
         self.are_matched = bool(self.rows_a) and set(self.rows_a) <= set(self.rows_b)
 
     def pair(self, key: Key) -> tuple[Tensor, Tensor] | None:
-        repeat = key.repeat
-        mine = self.a[key] if key in self.a else None
-        ids = [ids for ids, (at, _) in sorted(self.rows_a.items(), key=lambda item: item[1]) if at == repeat]
-        if mine is None or len(ids) != len(mine):
+        if key not in self.a:
+            return None
+        mine = self.a[key]
+        ids = [ids for ids, (at, _) in sorted(self.rows_a.items(), key=lambda item: item[1]) if at == key.repeat]
+        if len(ids) != len(mine):
             return None
         theirs = []
         for row in ids:

@@ -1,12 +1,12 @@
 """Whose error is it: what a part adds, and what it was given already wrong.
 
-Our model is run with the other side's numbers in the place of its own: every part that the trace has computes from what the other
-side's parts before it computed, is compared with what that side's own part made of the same, and hands that on. What is left
-of a difference is what the part itself, or the arithmetic between it and the parts before it, adds.
+Our model is run with the other side's numbers in the place of its own: every part that the trace has computes from what the
+other side's parts before it computed, is compared with what that side's own part made of the same, and hands that on. What is
+left of a difference is what the part itself, or the arithmetic between it and the parts before it, adds.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ldm.numerics.traces import Key, Trace
 
 # By type of the trace's tensors: what rounding alone makes of one part, relative to the largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+NORMS = 0.3  # times that: norms add up nothing that could cancel
 
 
 @torch.no_grad()
@@ -45,8 +46,10 @@ def stages(trace: Trace, calls: list[int] | None = None) -> list[Key]:
 
 
 @torch.no_grad()
-def forced(components: Components, trace: Trace, stage: Key, tolerance: float | None = None) -> list[Difference]:
-    """One of `stages`, forced."""
+def forced(
+    components: Components, trace: Trace, stage: Key, tolerance: float | None = None, *, until: str | None = None
+) -> list[Difference]:
+    """One of `stages`, forced. until: the last part to be run."""
     component = stage.name.partition(".")[0]
     module = getattr(components, component)
     weight = next(module.parameters())
@@ -58,7 +61,7 @@ def forced(components: Components, trace: Trace, stage: Key, tolerance: float | 
         return value.to(weight.device, weight.dtype if value.dtype.is_floating_point and name != "t" else value.dtype)
 
     rows: list[Difference] = []
-    with forcing(module, component, trace, stage, rows, tolerance):
+    with forcing(module, component, trace, stage, rows, tolerance, until), suppress(_Reached):
         if component == "text_encoder":
             module(given("ids"))
         elif component == "unet":
@@ -68,11 +71,21 @@ def forced(components: Components, trace: Trace, stage: Key, tolerance: float | 
     return rows
 
 
+class _Reached(Exception):
+    """There is nothing more to run."""
+
+
 @contextmanager
 def forcing(
-    module: nn.Module, component: str, trace: Trace, stage: Key, rows: list[Difference], tolerance: float | None = None
+    module: nn.Module,
+    component: str,
+    trace: Trace,
+    stage: Key,
+    rows: list[Difference],
+    tolerance: float | None = None,
+    until: str | None = None,
 ) -> Iterator[None]:
-    """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's tensor."""
+    """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's."""
     hooks = []
     for path, part in module.named_modules():
         name = f"{component}.{path}" if path else component
@@ -80,10 +93,13 @@ def forcing(
         if key is None or isinstance(part, nn.ModuleList | nn.Identity):
             continue
 
-        def replace(_: nn.Module, args: tuple, out: Tensor, key: Key = key, name: str = name) -> Tensor:
+        def replace(module: nn.Module, args: tuple, out: Tensor, key: Key = key, name: str = name) -> Tensor:
             recorded = trace[key]
             held = TOLERANCES.get(recorded.dtype, 0.0) if tolerance is None else tolerance
+            held *= NORMS if tolerance is None and isinstance(module, nn.GroupNorm | nn.LayerNorm) else 1
             rows.append(difference(Key(name, stage.call, stage.repeat), out, recorded, held))
+            if name == until:
+                raise _Reached
             turned = arranged(out.shape, recorded)
             return out if turned is None else turned[0].to(out).contiguous()
 

@@ -5,8 +5,8 @@
     manifest.json      {"format": "ldm trace", "version": 1, "about": {...}, "tensors": [{...}, ...]}
     00000.safetensors  some of the tensors, 00001.safetensors the next ...
 
-Each entry of `tensors` has `name`, `file`, `key` (the tensor's name in that file) and, of what the UNet and the sampler compute,
-`call`: at which of the network's calls, counted from 0.
+Each entry of `tensors` has `name`, `file`, `key` (the tensor's name in that file) and, of what the UNet and the sampler
+compute, `call`: at which of the network's calls, counted from 0.
 """
 
 import json

@@ -22,7 +22,7 @@ def module_paths(architecture: Architecture, naming: str, called: Iterable[str])
     layers = {foreign: native for foreign, native in layers.items() if native is not None}
     called = set(called)
     theirs = _blocks({foreign: foreign for foreign in layers}, lambda path: path in called)
-    natives = _blocks({foreign: native for foreign, native in layers.items()}, lambda path: not _is_list(path, layers.values()))
+    natives = _blocks(layers, lambda path: not _is_list(path, layers.values()))
     found = {foreign: native for foreign, native in layers.items() if foreign in called}
     for below, paths in theirs.items():
         found |= dict(zip(paths, natives.get(below, ()), strict=False))
