@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from ldm.cli import evaluate, inspect, make, replay, schedule, train
+from ldm.cli import diff, evaluate, inspect, make, replay, schedule, trace, train
 
-COMMANDS = (make, replay, inspect, schedule, train, evaluate)
+COMMANDS = (make, replay, inspect, schedule, train, evaluate, trace, diff)
 
 
 def main(arguments: list[str] | None = None) -> None:

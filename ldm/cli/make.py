@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,15 @@ def add(commands: Any) -> None:
         command = commands.add_parser(
             task, help=help_text, allow_abbrev=False, description=help_text.capitalize() + ".", epilog=EPILOG
         )
-        _add_prompt(command)
+        options.add_prompt(command)
         if task != "txt2img":
             _add_image(command, task)
-        _add_form(command, "the model's own" if task == "txt2img" else "the picture's own, rounded down")
+        options.add_form(command, "the model's own" if task == "txt2img" else "the picture's own, rounded down")
         options.add_sampling(command)
         options.add_adapters(command)
         _add_output(command)
         options.add_model(command)
         command.set_defaults(run=run, task=task)
-
-
-def _add_prompt(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("prompt")
-    group.add_argument("words", nargs="?", metavar="PROMPT", help='what to show; "" is allowed')
-    group.add_argument("--prompt", help="the same, as an option")
-    group.add_argument("--from-file", metavar="FILE", help="a prompt a line, '-' for standard input; empty lines are skipped")
-    group.add_argument(
-        "-n", "--negative-prompt", "--negative_prompt", metavar="TEXT", help="what the prompt is contrasted with"
-    )
-    group.add_argument(
-        "--prompt-syntax", metavar="SYNTAX", help="plain, compel (word++, (a phrase)0.8) or a1111 ((x:1.3), [x]); default plain"
-    )
-    group.add_argument("--compel", dest="prompt_syntax", action="store_const", const="compel", help="short for that syntax")
-    group.add_argument(
-        "--long-prompt", metavar="HOW", help="cut, or in several windows: windows, sentences or commas (default cut)"
-    )
-    group.add_argument(
-        "--clip-skip", type=int, metavar="N", help="the text encoder's layer, counted from the end (default 1, the last)"
-    )
 
 
 def _add_image(command: argparse.ArgumentParser, task: str) -> None:
@@ -64,33 +43,6 @@ def _add_image(command: argparse.ArgumentParser, task: str) -> None:
         group.add_argument("--mask", required=True, metavar="FILE", help="white where the picture is made anew")
         group.add_argument("--invert-mask", action="store_true", help="black is made anew, as in CompVis's scripts")
         group.add_argument("--paste", action="store_true", help="keep the picture's own pixels where it is kept")
-
-
-def _add_form(command: argparse.ArgumentParser, size: str) -> None:
-    group = command.add_argument_group("image")
-    group.add_argument("-W", "--width", "--W", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
-    group.add_argument("-H", "--height", "--H", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
-    group.add_argument(
-        "--guidance-scale",
-        "--scale",
-        "--cfg-scale",
-        type=float,
-        metavar="G",
-        help="0 and up (default: the model's, or 7.5)",
-    )
-    group.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar="T",
-        help="lowest and highest timestep that is guided (default: all)",
-    )
-    group.add_argument("--eta", "--ddim_eta", type=float, help="fresh noise in DDIM, 0 to 1 (default 0)")
-    group.add_argument("--seed", type=int, help="of the first picture; the others count up (default: drawn, and shown)")
-    group.add_argument("--num-images", "--n_samples", type=int, metavar="N", help="of each prompt (default 1)")
-    group.add_argument("--n_iter", type=int, default=1, help=argparse.SUPPRESS)
-    group.add_argument("--batch-size", type=int, metavar="N", help="pictures that are computed together (default 4)")
-    group.add_argument("--tile", type=int, metavar="PIXELS", help="autoencoder in tiles, for large pictures (default: in one)")
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
@@ -113,7 +65,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the pictures in portions, and write each portion before the next is begun."""
-    prompts = _prompts(args)
+    prompts = options.prompts(args)
     settings = _settings(args)
     sources = _sources(args)
     from ldm.output import files
@@ -128,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     _check_preview(args)
     components = options.load(args)
     drawn = None if "seed" in settings else given.seed
-    settings |= {"seed": given.seed, **_sides(args)}
+    settings |= {"seed": given.seed, **options.sides(args)}
     whole = HABITS[given.convention].one_generator
     portions = len(prompts) if whole else -(-total // given.batch_size)
     _warn(components, prompts, given)
@@ -147,24 +99,6 @@ def run(args: argparse.Namespace) -> None:
             raise KeyboardInterrupt(f"interrupted; {made} of {total} pictures are in {folder}") from None
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    given = [source for source in (args.words, args.prompt, args.from_file) if source is not None]
-    if len(given) != 1:
-        raise ValueError(f"{len(given)} prompts given; expected one of PROMPT, --prompt and --from-file")
-    if args.from_file is None:
-        return given
-    try:
-        text = sys.stdin.buffer.read() if args.from_file == "-" else Path(args.from_file).read_bytes()
-        prompts = [line for line in text.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.from_file}: is not UTF-8 text at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"{args.from_file}: cannot be read ({error.strerror})") from None
-    if not prompts:
-        raise ValueError(f"{args.from_file}: holds no prompt; expected one a line")
-    return prompts
-
-
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = options.settings(args)
     if args.n_iter != 1:  # CompVis's count of repetitions
@@ -172,10 +106,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"n_iter {args.n_iter}; expected 1 or more")
         settings["num_images"] = settings.get("num_images", 1) * args.n_iter
     return settings
-
-
-def _sides(args: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(args, name) for name in ("width", "height") if getattr(args, name) is not None}
 
 
 def _sources(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ CompVis's scripts are accepted beside ours.
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +74,55 @@ def _dtype(args: argparse.Namespace, device: str) -> Any:
     return names[name]
 
 
+def add_prompt(command: argparse.ArgumentParser) -> None:
+    """What is to be shown."""
+    group = command.add_argument_group("prompt")
+    group.add_argument("words", nargs="?", metavar="PROMPT", help='what to show; "" is allowed')
+    group.add_argument("--prompt", help="the same, as an option")
+    group.add_argument("--from-file", metavar="FILE", help="a prompt a line, '-' for standard input; empty lines are skipped")
+    group.add_argument(
+        "-n", "--negative-prompt", "--negative_prompt", metavar="TEXT", help="what the prompt is contrasted with"
+    )
+    group.add_argument(
+        "--prompt-syntax", metavar="SYNTAX", help="plain, compel (word++, (a phrase)0.8) or a1111 ((x:1.3), [x]); default plain"
+    )
+    group.add_argument("--compel", dest="prompt_syntax", action="store_const", const="compel", help="short for that syntax")
+    group.add_argument(
+        "--long-prompt", metavar="HOW", help="cut, or in several windows: windows, sentences or commas (default cut)"
+    )
+    group.add_argument(
+        "--clip-skip", type=int, metavar="N", help="the text encoder's layer, counted from the end (default 1, the last)"
+    )
+
+
+def add_form(command: argparse.ArgumentParser, size: str) -> None:
+    """Size, guidance, seeds and number of the pictures. size: what it is where none is given, in words."""
+    group = command.add_argument_group("image")
+    group.add_argument("-W", "--width", "--W", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
+    group.add_argument("-H", "--height", "--H", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {size})")
+    group.add_argument(
+        "--guidance-scale",
+        "--scale",
+        "--cfg-scale",
+        type=float,
+        metavar="G",
+        help="0 and up (default: the model's, or 7.5)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar="T",
+        help="lowest and highest timestep that is guided (default: all)",
+    )
+    group.add_argument("--eta", "--ddim_eta", type=float, help="fresh noise in DDIM, 0 to 1 (default 0)")
+    group.add_argument("--seed", type=int, help="of the first picture; the others count up (default: drawn, and shown)")
+    group.add_argument("--num-images", "--n_samples", type=int, metavar="N", help="of each prompt (default 1)")
+    group.add_argument("--n_iter", type=int, default=1, help=argparse.SUPPRESS)
+    group.add_argument("--batch-size", type=int, metavar="N", help="pictures that are computed together (default 4)")
+    group.add_argument("--tile", type=int, metavar="PIXELS", help="autoencoder in tiles, for large pictures (default: in one)")
+
+
 def add_sampling(command: argparse.ArgumentParser) -> None:
     """How noise is taken away: what `make` and `schedule` have in common."""
     group = command.add_argument_group("sampling")
@@ -127,6 +177,30 @@ def _embedding(text: str) -> tuple[str, str | None]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `ldm.Settings` that were given."""
     return {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """The prompt given, or those of the file. Raises ValueError where there is none, or more than one."""
+    given = [source for source in (args.words, args.prompt, args.from_file) if source is not None]
+    if len(given) != 1:
+        raise ValueError(f"{len(given)} prompts given; expected one of PROMPT, --prompt and --from-file")
+    if args.from_file is None:
+        return given
+    try:
+        text = sys.stdin.buffer.read() if args.from_file == "-" else Path(args.from_file).read_bytes()
+        prompts = [line for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.from_file}: is not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{args.from_file}: cannot be read ({error.strerror})") from None
+    if not prompts:
+        raise ValueError(f"{args.from_file}: holds no prompt; expected one a line")
+    return prompts
+
+
+def sides(args: argparse.Namespace) -> dict[str, int]:
+    """The sides that were given."""
+    return {name: getattr(args, name) for name in ("width", "height") if getattr(args, name) is not None}
 
 
 def warn(text: str) -> None:

@@ -15,7 +15,7 @@ from ldm.checkpoint import Components
 from ldm.numerics.compare import Difference, arranged, difference
 from ldm.numerics.traces import Key, Trace
 
-# By type of the trace's tensors: what rounding alone makes of one part, relative to the largest value.
+# By the type that most of the trace's tensors have: what rounding alone makes of one part, relative to the largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 NORMS = 0.3  # times that: norms add up nothing that could cancel
 
@@ -86,7 +86,7 @@ def forcing(
     until: str | None = None,
 ) -> Iterator[None]:
     """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's."""
-    hooks = []
+    hooks, usual = [], TOLERANCES[trace.dtype]
     for path, part in module.named_modules():
         name = f"{component}.{path}" if path else component
         key = trace.find(Key(name, stage.call, stage.repeat))
@@ -95,8 +95,7 @@ def forcing(
 
         def replace(module: nn.Module, args: tuple, out: Tensor, key: Key = key, name: str = name) -> Tensor:
             recorded = trace[key]
-            held = TOLERANCES.get(recorded.dtype, 0.0) if tolerance is None else tolerance
-            held *= NORMS if tolerance is None and isinstance(module, nn.GroupNorm | nn.LayerNorm) else 1
+            held = usual * (NORMS if isinstance(module, nn.GroupNorm | nn.LayerNorm) else 1) if tolerance is None else tolerance
             rows.append(difference(Key(name, stage.call, stage.repeat), out, recorded, held))
             if name == until:
                 raise _Reached

@@ -86,22 +86,28 @@ def _listed(values: list[float]) -> str:
 
 def _of_guidance(a: Trace, b: Trace, key: Key) -> Iterator[str]:
     """What scale b's guided eps has, from the two halves that its network gave."""
-    scales = []
-    for trace in (a, b):
-        halves = trace.find(Key("unet.conv_out", key.call))
-        if halves is None or len(trace[halves]) % 2:
-            return
-        uncond, cond = trace[halves].double().chunk(2)
-        step, moved = cond - uncond, trace[key].double() - uncond
-        scale = float((step * moved).sum() / (step * step).sum())
-        scales.append(scale if _same(uncond + scale * step, trace[key].double()) else None)
-    ours, theirs = scales
+    calls = (key.call or 0, max((key.call or 0) - 1, 0))  # a step that calls twice tells of the first
+    ours, theirs = (next((s for call in calls if (s := _scale(trace, key, call)) is not None), None) for trace in (a, b))
+    if ours is None:
+        return
     if theirs is None:
         yield "it is no guided combination of the network's two halves, uncond + scale (cond - uncond)"
-    elif ours is not None and abs(theirs - (1 - ours)) < 1e-3:
+    elif abs(theirs - (1 - ours)) < 1e-3:
         yield "the halves of the batch are exchanged in guidance: cond + scale (uncond - cond)"
-    elif ours is not None and abs(theirs - ours) > 1e-3:
+    elif abs(theirs - ours) > 1e-3:
         yield f"the guidance scale is {theirs:.4g}, where it should be {ours:.4g}"
+
+
+def _scale(trace: Trace, key: Key, call: int) -> float | None:
+    """What scale makes the guided eps at `key` of the halves at a call; None where none does."""
+    halves = trace.find(Key("unet.conv_out", call))
+    if halves is None or len(trace[halves]) % 2 or key not in trace:
+        return None
+    eps = trace[key].double()
+    uncond, cond = trace[halves].double().chunk(2)
+    step = cond - uncond
+    scale = float((step * (eps - uncond)).sum() / (step * step).sum())
+    return scale if _same(uncond + scale * step, eps) else None
 
 
 def _of_context(b: Trace, x: Tensor, y: Tensor) -> Iterator[str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 FORMAT, VERSION = "ldm trace", 1
 MANIFEST = "manifest.json"
 SHARD = 32 * 2**20  # bytes of tensors in a file
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WAITING = 64 * 2**20  # bytes of tensors that may wait to be written
 
 
@@ -59,11 +60,7 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, about: Mapping[str, Any] | None = None):
         """Raises TraceError where `path` exists, or its folder does not."""
-        self.path = Path(path).expanduser()
-        if self.path.exists():
-            raise TraceError(f"{self.path} exists already; remove it, or give the trace another name")
-        if not self.path.parent.is_dir():
-            raise TraceError(f"{self.path}: there is no folder {self.path.parent}; create it first")
+        self.path = check_new(path)
         self.about: dict[str, Any] = dict(about or {})
         self._entries: list[dict[str, Any]] = []
         self._shard: dict[str, Tensor] = {}
@@ -176,6 +173,16 @@ class Trace:
         """How often the network was called."""
         return max((key.call + 1 for key in self._places if key.call is not None), default=0)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most of its tensors have, of types that hold fractions."""
+        counts: dict[str, int] = {}
+        for file, inside in self._places.values():
+            name = self._files[file][0].get_slice(inside).get_dtype()
+            counts[name] = counts.get(name, 0) + 1
+        found = [name for name in counts if name in FLOATS]
+        return FLOATS[max(found, key=counts.__getitem__)] if found else torch.float32
+
     def __contains__(self, key: object) -> bool:
         return key in self._places
 
@@ -198,6 +205,16 @@ class Trace:
         for key in self._places:
             if key.name == name:
                 yield key, self[key]
+
+
+def check_new(path: str | Path) -> Path:
+    """The path of a trace to be written. Raises TraceError where something has the name, or where there is no such folder."""
+    path = Path(path).expanduser()
+    if path.exists() or path.is_symlink():
+        raise TraceError(f"{path} exists already; remove it, or give the trace another name")
+    if not path.parent.is_dir():
+        raise TraceError(f"{path}: there is no folder {path.parent}; create it first")
+    return path
 
 
 def _manifest(path: Path) -> dict[str, Any]:
