@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = options.prompts(args)
     if len(prompts) != 1:
         raise ValueError(f"{len(prompts)} prompts; a trace is of one")
-    settings = options.settings(args) | options.sides(args)
+    settings = options.settings(args)
     if settings.get("num_images", 1) != 1 or args.n_iter != 1:
         raise ValueError("several pictures; a trace is of one")
     settings["seed"] = checked(settings).seed
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
             bar.update()
             return x
 
-        runs.trace_txt2img(components, prompts[0], args.out, only=only, after_step=after_step, **settings)
+        runs.trace_txt2img(
+            components, prompts[0], args.out, only=only, after_step=after_step, **settings, **options.sides(args)
+        )
     trace = Trace(args.out)
     print(f"{args.out}: {len(trace.keys)} tensors of {trace.calls} calls of the network, seed {settings['seed']}")

@@ -68,9 +68,12 @@ def compare(a: Trace, b: Trace, tolerance: float | None = None) -> Comparison:
 
 
 def pairs(a: Trace, b: Trace) -> Iterator[tuple[Key, Tensor, Tensor]]:
-    """What both have, in a's order. What one side computes once and the other at every call is compared at every call."""
-    texts = _Texts(a, b)
+    """What both have, in a's order, as far as both go. What one side computes once and the other at every call is compared at
+    every call."""
+    texts, calls = _Texts(a, b), min(a.calls, b.calls)
     for key in _keys(a, b):
+        if key.call is not None and key.call >= calls:
+            continue
         if texts.are_matched and key.name.startswith(f"{TEXT}."):
             found = texts.pair(key)
             if found is not None:

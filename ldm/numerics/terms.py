@@ -69,7 +69,7 @@ def _of_timesteps(a: Trace, b: Trace, key: Key) -> Iterator[str]:
     ours, theirs = ([float(t.flatten()[0]) for _, t in trace.named(key.name)] for trace in (a, b))
     steps = {round(y - x, 6) for x, y in zip(ours, theirs, strict=False)}
     shown = f"t is {_listed(theirs)}, where it should be {_listed(ours)}"
-    if len(steps) == 1:
+    if len(steps) == 1 and steps != {0}:
         (step,) = steps
         yield f"every timestep is {abs(step):g} {'lower' if step < 0 else 'higher'} than it should be ({shown})"
     elif ours[1 : len(theirs)] == theirs[: len(ours) - 1]:

@@ -10,6 +10,7 @@ compute, `call`: at which of the network's calls, counted from 0.
 """
 
 import json
+import math
 import queue
 import shutil
 import tempfile
@@ -65,7 +66,7 @@ class TraceWriter:
         self._entries: list[dict[str, Any]] = []
         self._shard: dict[str, Tensor] = {}
         self._size, self._files = 0, 0
-        self._last: tuple[Tensor, dict[str, Any]] | None = None
+        self._last: tuple[Tensor, float, dict[str, Any]] | None = None
         self._failure: BaseException | None = None
         self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
         self._queue: queue.Queue[tuple[Path, dict[str, Tensor]] | None] = queue.Queue(maxsize=max(WAITING // SHARD, 1))
@@ -78,8 +79,8 @@ class TraceWriter:
         if self._failure is not None:
             raise self._failure
         where = {} if call is None else {"call": call}
-        if self._last is not None and self._last[0] is tensor:
-            self._entries.append({"name": name, **where, **self._last[1]})
+        if self._last is not None and self._last[0] is tensor and self._last[1] == _version(tensor):
+            self._entries.append({"name": name, **where, **self._last[2]})
             return
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._size + size > SHARD:
@@ -87,7 +88,7 @@ class TraceWriter:
         place = {"file": f"{self._files:05}.safetensors", "key": f"{len(self._shard)}"}
         self._shard[place["key"]] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._size += size
-        self._last = tensor, place
+        self._last = tensor, _version(tensor), place
         self._entries.append({"name": name, **where, **place})
 
     def close(self) -> None:
@@ -142,6 +143,14 @@ class TraceWriter:
             except SafetensorError as error:
                 self._failure = TraceError(f"{self.path}: cannot be written ({error})")
             del item, tensors
+
+
+def _version(tensor: Tensor) -> float:
+    """How often the tensor was written to; NaN, which is equal to nothing, where torch does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:  # in inference mode
+        return math.nan
 
 
 class Trace:
