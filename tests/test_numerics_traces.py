@@ -1,4 +1,4 @@
-"""Traces: what is written is read, in order, bounded in memory; what is damaged gets one line; ports without torch are judged."""
+"""Traces: what is written is read, in order, bounded in memory; what is damaged gets one line; a port without torch."""
 
 import hashlib
 import json

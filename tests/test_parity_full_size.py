@@ -1,6 +1,6 @@
 """Parity at full size: Stable Diffusion v1 with seeded random weights, written by diffusers, run by both implementations.
 
-An hour, 16 GB of memory, 25 GB of disk: `pytest -m slow -s tests/test_parity_full_size.py`. Prints every error.
+An hour, 16 GB of memory, 25 GB of disk: `pytest -m slow -s -n0 tests/test_parity_full_size.py`. Prints every error.
 
 In float64 both must agree to 1e-10. In float32 ours must be no farther from that float64 truth than 1.1 times the peer is.
 Peers get float64 sinusoids for the truth only (see `test_parity.py`). One component in one precision is held at a time.
