@@ -1,33 +1,63 @@
-"""`ldm inspect PICTURE ...`: what a picture tells of itself, by its receipt, the text of other tools, and the watermark."""
+"""`ldm inspect FILE ...`: what a picture, a checkpoint or a trace tells of itself.
+
+A picture by its receipt, the text of other tools, and the watermark; checkpoints and traces in `inspect_files.py`.
+"""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 SHOWN = ("prompt", "negative_prompt", "task", "seed", "steps", "sampler", "spacing", "guidance_scale", "strength", "convention")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 QUIET = (None, "", [], (), {})  # values that say nothing
 
 
 def add(commands: Any) -> None:
-    text = "what a picture tells of itself"
-    about = f"{text.capitalize()}: its receipt, or the parameters that other tools wrote, and the invisible watermark."
+    text = "what a picture, a checkpoint or a trace tells of itself"
+    about = (
+        "Of a picture its receipt, or the parameters that other tools wrote, and the invisible watermark. Of a checkpoint, file "
+        "or folder: layout, naming, precision, hashes, a pickle's instructions (none is run), names that are missing or too "
+        "many, NaN and the range of the numbers; exit status 3 where something is wrong. Of a trace: its tensors."
+    )
     command = commands.add_parser("inspect", help=text, allow_abbrev=False, description=about)
-    command.add_argument("pictures", nargs="+", metavar="PICTURE", help="PNG, JPEG or WebP")
-    command.add_argument("--json", action="store_true", help="one JSON object a line, with the whole receipt")
+    command.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG or WebP; .safetensors, .ckpt, .bin; a folder")
+    command.add_argument("--json", action="store_true", help="one JSON object a line, with all there is")
+    command.add_argument("--no-values", action="store_true", help="of checkpoints: do not read the numbers")
     command.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """The exit status."""
     import json
 
-    for number, path in enumerate(args.pictures):
-        found = look(Path(path))
+    from ldm.cli import inspect_files
+
+    wrong = False
+    for number, path in enumerate(map(Path, args.files)):
+        if is_picture(path):
+            found, lines = look(path), _lines
+        elif inspect_files.is_trace(path):
+            found, lines = inspect_files.trace(path), inspect_files.trace_lines
+        else:
+            found, lines = inspect_files.checkpoint(path, values=not args.no_values), inspect_files.checkpoint_lines
+            wrong = wrong or found["wrong"]
         if args.json:
             print(json.dumps(found, sort_keys=True))
             continue
         if number:
             print()
-        print("\n".join(_lines(found)))
+        print("\n".join(lines(found)))
+    return 3 if wrong else 0
+
+
+def is_picture(path: Path) -> bool:
+    """By its first bytes, or, of what nobody else knows either, by its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return path.suffix.lower() in PICTURES
+    return start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or start[8:12] == b"WEBP" or path.suffix.lower() in PICTURES
 
 
 def look(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from weights_convert.containers.tensor_file import Spec, TensorFile
 from weights_convert.errors import CheckpointError
 from weights_convert.files import open_file
 
-__all__ = ["Spec", "TensorFile", "open_tensors"]
+__all__ = ["Spec", "TensorFile", "open_tensors", "pickles"]
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -31,3 +31,14 @@ def open_tensors(path: Path) -> TensorFile:
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return safetensors_file.open_safetensors(path)
     raise CheckpointError(f"{path}: neither a safetensors file nor one that torch.save wrote; it starts with {start[:8]!r}")
+
+
+def pickles(path: Path) -> list[bytes]:
+    """The pickles in a file of torch.save, as they are; none in other files. Raises CheckpointError where it is damaged."""
+    with open_file(path) as file:
+        start = file.read(64)
+    if start.startswith(b"PK"):
+        return [torch_file.pickle_of_zip(path)]
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        return torch_file.pickles_of_legacy(path)
+    return []

@@ -5,6 +5,7 @@ pickles (magic, version, system, the data, the storages' keys), then the storage
 """
 
 import io
+import pickletools
 import struct
 import zipfile
 from collections import Counter
@@ -19,6 +20,7 @@ from weights_convert.errors import CheckpointError, brief
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first of the five pickles
 MAX_DIRECTORY_BYTES = 4 << 20  # of a zip archive; a full checkpoint with optimizer state needs below 1 MB
+LEGACY_PICKLES = 5
 BIG_ENDIAN = "written on a big-endian machine; save it again on a little-endian one"
 
 
@@ -46,6 +48,23 @@ class _DirectoryReader(io.FileIO):
 
 def open_zip(path: Path) -> TensorFile:
     """Open the archive by its directory; entries are then found in the file itself."""
+    pickle, regions = _regions(path)
+    return _tensor_file(path, read_pickle(io.BytesIO(_bytes(path, pickle)), str(path)), regions)
+
+
+def pickle_of_zip(path: Path) -> bytes:
+    """The pickle in the archive, as it is."""
+    return _bytes(path, _regions(path)[0])
+
+
+def _bytes(path: Path, region: _Region) -> bytes:
+    with path.open("rb") as file:
+        file.seek(region.start)
+        return file.read(region.size)
+
+
+def _regions(path: Path) -> tuple[_Region, dict[str, _Region]]:
+    """Where the pickle lies, and each storage by its key."""
     try:
         with _DirectoryReader(path) as file, zipfile.ZipFile(file) as archive:
             entries = _entries(path, archive)
@@ -63,9 +82,7 @@ def open_zip(path: Path) -> TensorFile:
     pickle = regions.pop("data.pkl")
     if pickle.size > MAX_BYTES:
         raise CheckpointError(f"{path}: its pickle takes {pickle.size:,} bytes; no checkpoint needs over {MAX_BYTES:,}")
-    with path.open("rb") as file:
-        file.seek(pickle.start)
-        return _tensor_file(path, read_pickle(io.BytesIO(file.read(pickle.size)), str(path)), regions)
+    return pickle, regions
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -102,7 +119,7 @@ def open_legacy(path: Path) -> TensorFile:
     with path.open("rb") as file:
         head = io.BytesIO(file.read(MAX_BYTES))
         storages: dict[str, Storage] = {}
-        _, _, system, content, keys = (read_pickle(head, str(path), storages) for _ in range(5))
+        _, _, system, content, keys = (read_pickle(head, str(path), storages) for _ in range(LEGACY_PICKLES))
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise CheckpointError(f"{path}: {BIG_ENDIAN}")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -120,6 +137,23 @@ def open_legacy(path: Path) -> TensorFile:
                     raise CheckpointError(f"{path}: storage {key[:40]} has {found:,} numbers; expected {length:,}")
             position = regions[key].start + regions[key].size
     return _tensor_file(path, content, regions)
+
+
+def pickles_of_legacy(path: Path) -> list[bytes]:
+    """The pickles before the storages, as they are; the last one as far as it can be read."""
+    with path.open("rb") as file:
+        head, found = io.BytesIO(file.read(MAX_BYTES)), []
+    for _ in range(LEGACY_PICKLES):
+        start = head.tell()
+        try:
+            for _ in pickletools.genops(head):
+                pass
+        except Exception:  # whatever a damaged one raises
+            return [*found, head.getvalue()[start:]]
+        found.append(head.getvalue()[start : head.tell()])
+        if head.tell() >= len(head.getvalue()):
+            break
+    return found
 
 
 # -- The tensors in either ---------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ vocab.json, merges.txt     only where the vocabulary is not CLIP's own
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from weights_convert.architecture import COMPONENTS, Sampling, Schedule, from_json, to_json
+from weights_convert.architecture import COMPONENTS, Architecture, Sampling, Schedule, from_json, to_json
 from weights_convert.checkpoint import Checkpoint
 from weights_convert.component import is_listed, match
 from weights_convert.containers import open_tensors
@@ -25,20 +26,30 @@ FORMAT = 1
 
 def read(path: Path, *, ignore: Sequence[str] = ()) -> Checkpoint:
     """Read the model in folder `path`."""
-    index, where = read_json(path / INDEX), str(path / INDEX)
-    if index.get("format") != FORMAT:
-        raise CheckpointError(f"{where}: format is {shown(index.get('format'))}; this version reads {FORMAT}")
-    stated, schedule = index.get("components"), from_json(Schedule, index.get("schedule", {}), where)
-    if not isinstance(stated, dict) or not stated or not set(stated) <= set(COMPONENTS):
-        raise CheckpointError(f"{where}: components is {shown(stated)}; expected an object of {', '.join(COMPONENTS)}")
+    index, where = _index(path), str(path / INDEX)
+    schedule = from_json(Schedule, index.get("schedule", {}), where)
     components = {}
-    for kind, fields in stated.items():
-        architecture = from_json(COMPONENTS[kind], fields, f"{where}, {kind}")
+    for kind, architecture in architectures(path).items():
         file = open_tensors(path / f"{kind}.safetensors")
         specs = {name: spec for name, spec in file.specs.items() if not is_listed(name, ignore)}
         components[kind] = match(file, Found(kind, "native", ""), specs, stated=architecture)
     sampling = from_json(Sampling, index.get("sampling", {}), where)
     return Checkpoint(path, "native", components, schedule, read_vocabulary(path), sampling)
+
+
+def architectures(path: Path) -> dict[str, Architecture]:
+    """What the model in folder `path` has, by kind; each is in `KIND.safetensors`."""
+    stated, where = _index(path).get("components"), str(path / INDEX)
+    if not isinstance(stated, dict) or not stated or not set(stated) <= set(COMPONENTS):
+        raise CheckpointError(f"{where}: components is {shown(stated)}; expected an object of {', '.join(COMPONENTS)}")
+    return {kind: from_json(COMPONENTS[kind], fields, f"{where}, {kind}") for kind, fields in stated.items()}
+
+
+def _index(path: Path) -> dict[str, Any]:
+    index = read_json(path / INDEX)
+    if index.get("format") != FORMAT:
+        raise CheckpointError(f"{path / INDEX}: format is {shown(index.get('format'))}; this version reads {FORMAT}")
+    return index
 
 
 def write(checkpoint: Checkpoint, path: Path, dtype: str | None = None) -> list[str]:
