@@ -15,8 +15,8 @@ QUIET = (None, "", [], (), {})  # values that say nothing
 def add(commands: Any) -> None:
     text = "what a picture, a checkpoint or a trace tells of itself"
     about = (
-        "Of a picture its receipt, or the parameters that other tools wrote, and the invisible watermark. Of a checkpoint, file "
-        "or folder: layout, naming, precision, hashes, a pickle's instructions (none is run), names that are missing or too "
+        "Of a picture its receipt, or the parameters that other tools wrote, and the invisible watermark. Of a checkpoint, "
+        "file or folder: layout, naming, precision, hashes, a pickle's instructions (none is run), names missing or too "
         "many, NaN and the range of the numbers; exit status 3 where something is wrong. Of a trace: its tensors."
     )
     command = commands.add_parser("inspect", help=text, allow_abbrev=False, description=about)

@@ -7,6 +7,29 @@ from pathlib import Path
 from typing import Any
 
 
+class Steps:
+    """One bar over the steps of one run. Nothing shows before the first, so that a refusal is one line."""
+
+    def __init__(self, *, quiet: bool):
+        self.quiet, self.bar, self.begun = quiet, None, time.time()
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def after_step(self, x: Any, info: Any) -> Any:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=info.count, unit="step", disable=self.quiet, file=sys.stderr)
+            self.bar.start_t = self.begun
+        self.bar.update()
+        return x
+
+
 class Progress:
     """One bar over all steps of all portions, with the time left; and the preview.
 

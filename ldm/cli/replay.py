@@ -1,11 +1,11 @@
 """`ldm replay PICTURE`: make a picture again from the receipt it carries, and say whether it is the same."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import options
+from ldm.cli.progress import Steps
 
 
 def add(commands: Any) -> None:
@@ -28,7 +28,6 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit status: 3 where the picture is another, by more than what rounding leaves."""
     from PIL import ImageOps
-    from tqdm import tqdm
 
     from ldm import images
     from ldm.output import files
@@ -40,14 +39,8 @@ def run(args: argparse.Namespace) -> int:
         sources["mask"] = ImageOps.invert(sources["mask"])
     _as_recorded(args, receipt)
     components = options.load(args)
-    with tqdm(unit="step", disable=args.quiet, file=sys.stderr) as bar:
-
-        def after_step(x: Any, info: Any) -> Any:
-            bar.total = info.count
-            bar.update()
-            return x
-
-        found = replay(components, receipt, **sources, adapter_folder=args.adapter_folder, after_step=after_step)
+    with Steps(quiet=args.quiet) as bar:
+        found = replay(components, receipt, **sources, adapter_folder=args.adapter_folder, after_step=bar.after_step)
     if args.out is not None:
         print(files.save(found.image, found.receipt, Path(args.out)))
     farthest, share = images.difference(found.image, images.read(args.picture))

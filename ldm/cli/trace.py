@@ -1,10 +1,10 @@
 """`ldm trace PROMPT --out FOLDER`: make one picture, and write down everything that is computed on the way."""
 
 import argparse
-import sys
 from typing import Any
 
 from ldm.cli import options
+from ldm.cli.progress import Steps
 
 
 def add(commands: Any) -> None:
@@ -31,8 +31,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """One line for what was written."""
-    from tqdm import tqdm
-
     from ldm.numerics import runs
     from ldm.numerics.traces import Trace, check_new
     from ldm.numerics.tracing import BLOCKS
@@ -48,15 +46,9 @@ def run(args: argparse.Namespace) -> None:
     check_new(args.out)
     only = (*(args.only or ()), *((*BLOCKS, "sampler.*", "picture") if args.blocks else ()))
     components = options.load(args)
-    with tqdm(unit="step", disable=args.quiet, file=sys.stderr) as bar:
-
-        def after_step(x: Any, info: Any) -> Any:
-            bar.total = info.count
-            bar.update()
-            return x
-
+    with Steps(quiet=args.quiet) as bar:
         runs.trace_txt2img(
-            components, prompts[0], args.out, only=only, after_step=after_step, **settings, **options.sides(args)
+            components, prompts[0], args.out, only=only, after_step=bar.after_step, **settings, **options.sides(args)
         )
     trace = Trace(args.out)
     print(f"{args.out}: {len(trace.keys)} tensors of {trace.calls} calls of the network, seed {settings['seed']}")

@@ -1,5 +1,6 @@
 """`ldm inspect`, and the watermark that it looks for."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+import weights_convert
 from ldm.output import watermark
 from tests import lora_files
+from tests.checkpoints import saved
 
 SMALL = ("-W", "16", "-H", "16", "--steps", "1", "--seed", "1")
 
@@ -105,3 +108,42 @@ def test_loras_verdicts_and_what_of_a_lora_is_of_no_use_are_told(command, tmp_pa
 def toy(folder):
     torch.save({"<toy>": torch.ones(2, 32)}, folder / "learned_embeds.bin")
     return folder / "learned_embeds.bin"
+
+
+# -- Checkpoints and traces
+
+
+def test_the_command_prints_it_and_its_status_tells(command, tiny_native, tmp_path):
+    compvis = tmp_path / "tiny.ckpt"
+    weights_convert.write(weights_convert.read(tiny_native), compvis, "compvis")
+    told = command("inspect", compvis)
+    assert told.status == 0 and f"sha256: {hashlib.sha256(compvis.read_bytes()).hexdigest()}" in told.out
+    for line in (
+        "unet: compvis names below 'model.diffusion_model.', 496 tensors",
+        "pickle, not run: ",
+        "numbers: ",
+        "no weights: ",
+    ):
+        assert line in told.out
+    assert "WRONG" not in told.out
+    state = dict(torch.load(compvis, weights_only=True)["state_dict"])
+    del state["model.diffusion_model.out.2.bias"]
+    wrong = command("inspect", saved(tmp_path / "a.ckpt", {"state_dict": state}))
+    assert (
+        wrong.status == 3
+        and "WRONG: unet: 1 missing" in wrong.out
+        and "missing 1 of out.2: model.diffusion_model.out.2.bias" in wrong.out
+    )
+    found = json.loads(command("inspect", tiny_native, "--json", "--no-values").out)
+    assert found["layout"] == "a native folder" and not found["wrong"] and len(found["files"]) == 3
+    none = command("inspect", tmp_path / "none.ckpt")
+    assert none.status == 1 and len(none.err.splitlines()) == 1
+
+
+def test_a_trace_is_listed(command, tmp_path):
+    made = command(
+        "trace", "a red cube", "-o", tmp_path / "a.trace", "-W", "16", "-H", "16", "--steps", "1", "--seed", "1", "-q"
+    )
+    assert made.status == 0
+    told = command("inspect", tmp_path / "a.trace")
+    assert told.status == 0 and "calls of the network" in told.out and "  unet.conv_in" in told.out
