@@ -210,6 +210,7 @@ def _turns(shape: tuple[int, ...], b: Tensor) -> Iterator[tuple[Tensor, str]]:
     if b.ndim == 4 and len(shape) == 3:  # a map for a row of pixels
         yield b.flatten(2).transpose(1, 2), "a map"
         yield b.flatten(1, 2), "a map, channels last"
+        yield b.flatten(2), "a map, where a row of pixels has channels first"
     if b.ndim == 3 and len(shape) == 4 and b.shape[1] == shape[2] * shape[3]:
         yield b.transpose(1, 2).unflatten(2, shape[2:]), "a row of pixels"
     if b.ndim == 3 and len(shape) == 4 and b.shape[2] == shape[2] * shape[3]:

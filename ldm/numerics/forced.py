@@ -7,6 +7,7 @@ left of a difference is what the part itself, or the arithmetic between it and t
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import Components
 from ldm.numerics.compare import Difference, arranged, difference
 from ldm.numerics.traces import Key, Trace
+from ldm.numerics.tracing import names_of
 
 # By the type that most of the trace's tensors have: what rounding alone makes of one part, relative to the largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -84,22 +86,29 @@ def forcing(
     rows: list[Difference],
     tolerance: float | None = None,
     until: str | None = None,
+    *,
+    replacing: bool = True,
 ) -> Iterator[None]:
-    """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's."""
-    hooks, usual = [], TOLERANCES[trace.dtype]
-    for path, part in module.named_modules():
-        name = f"{component}.{path}" if path else component
+    """While it holds, each part of the module puts its difference from the trace into `rows`, and returns the trace's.
+
+    replacing: if not, it returns its own, so that differences are whole and not only what the part adds.
+    """
+    hooks, usual, parts = [], TOLERANCES[trace.dtype], dict(module.named_modules())
+    for path, ours in names_of(component, module)[0].items():
+        part, name = parts[path], f"{component}.{ours}" if ours else component
         key = trace.find(Key(name, stage.call, stage.repeat))
-        if key is None or isinstance(part, nn.ModuleList | nn.Identity):
+        if key is None:
             continue
 
-        def replace(module: nn.Module, args: tuple, out: Tensor, key: Key = key, name: str = name) -> Tensor:
+        def replace(module: nn.Module, args: tuple, out: Any, key: Key = key, name: str = name) -> Any:
+            if isinstance(out, tuple):  # of others' attention, whose first is the output
+                return (replace(module, args, out[0], key, name), *out[1:])
             recorded = trace[key]
             held = usual * (NORMS if isinstance(module, nn.GroupNorm | nn.LayerNorm) else 1) if tolerance is None else tolerance
             rows.append(difference(Key(name, stage.call, stage.repeat), out, recorded, held))
             if name == until:
                 raise _Reached
-            turned = arranged(out.shape, recorded)
+            turned = arranged(out.shape, recorded) if replacing else None
             return out if turned is None else turned[0].to(out).contiguous()
 
         hooks.append(part.register_forward_hook(replace))

@@ -93,3 +93,26 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_leaves_nothing(command, 
     done = command(*(word.replace("OUT", str(tmp_path / "out")) for word in words))
     assert done.status == 1 and done.out == "" and len(done.err.splitlines()) == 1 and expected in done.err
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
+
+
+def test_the_precision_report_is_a_table_or_json(command):
+    done = command("precision", "--no-peers", "--size", "32")
+    lines = done.out.splitlines()
+    assert done.status == 0 and lines[0].startswith("variant") and any(line.startswith("bfloat16   ") for line in lines)
+    for line in command("precision", "--no-peers", "--size", "32", "--json").out.splitlines():
+        found = json.loads(line)
+        assert found["output"] > 0 and found["parts"]
+    for words, expected in (
+        (("--t", "1000"), "t 1000"),
+        (("--size", "12"), "size 12"),
+        (("--dtype", "float32"), "of every type"),
+    ):
+        done = command("precision", *words)
+        assert done.status == 1 and expected in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_model_that_is_not_known_is_told_so(command):
+    done = command("verify")
+    assert done.status == 4 and "none of the known checkpoints" in done.out and done.out.count("not applicable") == 8
+    done = command("verify", "--as", "v2")
+    assert done.status == 1 and done.err == "ldm: version 'v2'; expected one of v1-1, v1-2, v1-3, v1-4, v1-5\n"
