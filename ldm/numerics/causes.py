@@ -7,29 +7,27 @@ A cause is a name, the parts it may concern, and a change of them that is undone
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.checkpoint import Components
-from ldm.models import attention, clip, unet_blocks
-from ldm.models.attention import softmax_attention
+from ldm.models import clip, unet_blocks
+from ldm.numerics import changes
+from ldm.numerics.changes import Change
 from ldm.numerics.compare import Difference
 from ldm.numerics.forced import forced
 from ldm.numerics.traces import Key, Trace
 
 AGREES = 1 / 20  # of the error before: what is left where a cause is the right one
 EPSILONS = (1e-5, 1e-6, 1e-3, 1e-8, 1e-12, 0.0)
-
-Change = Callable[[ExitStack], None]
 
 
 @dataclass(frozen=True)
@@ -82,21 +80,24 @@ def _candidates(component: str, path: str, parts: dict[str, nn.Module], componen
     if path.endswith(("attention.output", "attention")):
         yield from _of_attention(parts[path.removesuffix(".output")], components)
     if fnmatchcase(path, "up.*.residual.norm1") or fnmatchcase(path, "up.*.residual.shortcut"):
-        yield "the skip connection is joined before the features, not after them", _patch(torch, "cat", _cat_reversed)
+        yield (
+            "the skip connection is joined before the features, not after them",
+            changes.patch(torch, "cat", changes.cat_reversed),
+        )
     if path.endswith("upsample"):
         for mode in ("bilinear", "bicubic"):
             yield (
                 f"upsampling is {mode}, where ours takes the nearest pixel",
-                _patch(F, "interpolate", partial(_interpolate, mode)),
+                changes.patch(F, "interpolate", partial(changes.interpolate, mode)),
             )
     if path == "time_embedding.linear_1":
         yield from _of_timesteps(part)
     if path.endswith("time_projection"):
-        yield "the time projection lacks the SiLU before it", _patch(F, "silu", lambda x: x)
+        yield "the time projection lacks the SiLU before it", changes.patch(F, "silu", lambda x: x)
     if component == "text_encoder" and path in ("layers.0.norm1", "token_embedding"):
         yield from _of_positions(parts[""])
     if path and not isinstance(part, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding):
-        yield "the input is not added to the output (no residual connection)", _without_residual(part)
+        yield "the input is not added to the output (no residual connection)", changes.without_residual(part)
 
 
 # -- What may be wrong with a part ---------------------------------------------------------------------------------------
@@ -106,29 +107,32 @@ def _of_norm(part: nn.GroupNorm | nn.LayerNorm) -> Iterator[tuple[str, Change]]:
     kind = type(part).__name__
     for eps in EPSILONS:
         if eps != part.eps:
-            yield f"{kind}'s eps is {eps:g}, where ours is {part.eps:g}", _set(part, "eps", eps)
-    yield f"{kind} has no weight and no bias", _forward(part, lambda x: _plain_norm(part, x))
+            yield f"{kind}'s eps is {eps:g}, where ours is {part.eps:g}", changes.set_to(part, "eps", eps)
+    yield f"{kind} has no weight and no bias", changes.with_forward(part, lambda x: changes.plain_norm(part, x))
     if isinstance(part, nn.GroupNorm):
         for groups in (1, 8, 16, 64):
             if part.num_channels % groups == 0 and groups != part.num_groups:
-                yield f"GroupNorm has {groups} groups, where ours has {part.num_groups}", _set(part, "num_groups", groups)
+                yield (
+                    f"GroupNorm has {groups} groups, where ours has {part.num_groups}",
+                    changes.set_to(part, "num_groups", groups),
+                )
 
 
 def _of_weights(path: str, part: nn.Linear | nn.Conv2d, parts: dict[str, nn.Module]) -> Iterator[tuple[str, Change]]:
     weight = part.weight
     if weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
-        yield "the weight is transposed", _data(part, "weight", weight.t())
+        yield "the weight is transposed", changes.with_data(part, "weight", weight.t())
     if weight.ndim == 4 and weight.shape[2] > 1:
-        yield "the kernel is flipped (a true convolution)", _data(part, "weight", weight.flip(2, 3))
-        yield "the kernel's height and width are exchanged", _data(part, "weight", weight.transpose(2, 3))
+        yield "the kernel is flipped (a true convolution)", changes.with_data(part, "weight", weight.flip(2, 3))
+        yield "the kernel's height and width are exchanged", changes.with_data(part, "weight", weight.transpose(2, 3))
     if part.bias is not None:
-        yield "the bias is missing", _data(part, "bias", torch.zeros_like(part.bias))
+        yield "the bias is missing", changes.with_data(part, "bias", torch.zeros_like(part.bias))
     for other_path, other in parts.items():
         if other is not part and type(other) is type(part) and other.weight.shape == weight.shape and _near(path, other_path):
-            yield f"the weights are those of {other_path}", _data(part, "weight", other.weight)
+            yield f"the weights are those of {other_path}", changes.with_data(part, "weight", other.weight)
             yield (
                 f"weights and bias are those of {other_path}",
-                _all(*(_data(part, n, p) for n, p in other._parameters.items() if p is not None)),
+                changes.all_of(*(changes.with_data(part, n, p) for n, p in other._parameters.items() if p is not None)),
             )
 
 
@@ -143,26 +147,32 @@ def _of_convolution(part: nn.Conv2d) -> Iterator[tuple[str, Change]]:
     for mode in ("reflect", "replicate", "circular"):
         yield (
             f"the padding is {mode}, where ours is of zeros",
-            _forward(part, partial(_padded, part, mode, part.padding[0], part.padding[0])),
+            changes.with_forward(part, partial(changes.padded, part, mode, part.padding[0], part.padding[0])),
         )
     if part.stride == (2, 2):
         for before, after in ((0, 1), (1, 0), (1, 1)):
             where = {(0, 1): "right and bottom only", (1, 0): "left and top only", (1, 1): "on all sides"}[before, after]
-            yield f"the padding is {where}", _forward(part, partial(_padded, part, "constant", before, after))
-    yield "the SiLU before it is missing", _patch(F, "silu", lambda x: x)
-    yield "a ReLU stands where ours has SiLU", _patch(F, "silu", F.relu)
+            yield (
+                f"the padding is {where}",
+                changes.with_forward(part, partial(changes.padded, part, "constant", before, after)),
+            )
+    yield "the SiLU before it is missing", changes.patch(F, "silu", lambda x: x)
+    yield "a ReLU stands where ours has SiLU", changes.patch(F, "silu", F.relu)
 
 
 def _of_activation() -> Iterator[tuple[str, Change]]:
     forms = {
-        "exact gelu": partial(_gelu, "none"),
-        "gelu by tanh": partial(_gelu, "tanh"),
+        "exact gelu": partial(changes.gelu, "none"),
+        "gelu by tanh": partial(changes.gelu, "tanh"),
         "quick gelu": clip.quick_gelu,
-        "silu": _silu,
-        "relu": _relu,
+        "silu": changes.silu,
+        "relu": changes.relu,
     }
     for name, form in forms.items():
-        yield f"the activation is {name}", _all(_patch(F, "gelu", form), _patch(clip, "quick_gelu", form))
+        yield (
+            f"the activation is {name}",
+            changes.all_of(changes.patch(F, "gelu", form), changes.patch(clip, "quick_gelu", form)),
+        )
 
 
 def _of_attention(part: Any, components: Components) -> Iterator[tuple[str, Change]]:
@@ -176,20 +186,23 @@ def _of_attention(part: Any, components: Components) -> Iterator[tuple[str, Chan
         "1 / sqrt(heads)": heads**-0.5,
     }
     for name, scale in scales.items():
-        yield f"attention's scale is {name}, where ours is 1 / sqrt(d), d = {head}", _attention(scale=scale)
-    yield "attention is not causal", _attention(causal=False)
-    yield "attention is causal", _attention(causal=True)
+        yield f"attention's scale is {name}, where ours is 1 / sqrt(d), d = {head}", changes.with_attention(scale=scale)
+    yield "attention is not causal", changes.with_attention(causal=False)
+    yield "attention is causal", changes.with_attention(causal=True)
     for count in {width // 8, width // 64, 1, 2 * heads, heads // 2} - {heads, 0}:
         if width % count == 0:
             yield (
                 f"attention has {count} heads of {width // count}, where ours has {heads} of {head}",
-                _set(part, "heads", count),
+                changes.set_to(part, "heads", count),
             )
-    yield "attention's heads are the last axis (features are split d, heads)", _set(part, "_split", partial(_split_last, heads))
+    yield (
+        "attention's heads are the last axis (features are split d, heads)",
+        changes.set_to(part, "_split", partial(changes.split_last, heads)),
+    )
     end = components.tokenizer.end
     yield (
         "padding is masked: tokens after the first end mark are not attended to",
-        _masked_padding(components.text_encoder, end),
+        changes.with_masked_padding(components.text_encoder, end),
     )
 
 
@@ -198,147 +211,30 @@ def _of_timesteps(part: nn.Linear) -> Iterator[tuple[str, Change]]:
     for offset in (-1, 1):
         yield (
             f"t is {abs(offset)} {'lower' if offset < 0 else 'higher'} than it says",
-            _patch(unet_blocks, "timestep_embedding", lambda t, w, o=offset: waves(t + o, w)),
+            changes.patch(unet_blocks, "timestep_embedding", lambda t, w, o=offset: waves(t + o, w)),
         )
     yield (
         "sines come before cosines",
-        _patch(unet_blocks, "timestep_embedding", lambda t, w: torch.cat(waves(t, w).chunk(2, -1)[::-1], -1)),
+        changes.patch(unet_blocks, "timestep_embedding", lambda t, w: torch.cat(waves(t, w).chunk(2, -1)[::-1], -1)),
     )
-    yield "the angles are computed in float32", _patch(unet_blocks, "timestep_embedding", lambda t, w: waves(t.float(), w))
-    yield "frequencies end at 1/10000 (divided by half - 1)", _patch(unet_blocks, "timestep_embedding", _shifted_waves)
-    yield "t is divided by 1000", _patch(unet_blocks, "timestep_embedding", lambda t, w: waves(t / 1000, w))
+    yield (
+        "the angles are computed in float32",
+        changes.patch(unet_blocks, "timestep_embedding", lambda t, w: waves(t.float(), w)),
+    )
+    yield (
+        "frequencies end at 1/10000 (divided by half - 1)",
+        changes.patch(unet_blocks, "timestep_embedding", changes.shifted_waves),
+    )
+    yield "t is divided by 1000", changes.patch(unet_blocks, "timestep_embedding", lambda t, w: waves(t / 1000, w))
     yield (
         "sines and cosines alternate",
-        _patch(unet_blocks, "timestep_embedding", lambda t, w: torch.stack(waves(t, w).chunk(2, -1)[::-1], -1).flatten(1)),
+        changes.patch(
+            unet_blocks, "timestep_embedding", lambda t, w: torch.stack(waves(t, w).chunk(2, -1)[::-1], -1).flatten(1)
+        ),
     )
 
 
 def _of_positions(module: Any) -> Iterator[tuple[str, Change]]:
     table = module.position_embedding.weight
-    yield "the position embedding is missing", _data(module.position_embedding, "weight", torch.zeros_like(table))
-    yield "positions count from 1", _data(module.position_embedding, "weight", table.roll(-1, 0))
-
-
-# -- Changes, each undone by the stack -----------------------------------------------------------------------------------
-
-
-def _all(*changes: Change) -> Change:
-    def change(stack: ExitStack) -> None:
-        for one in changes:
-            one(stack)
-
-    return change
-
-
-def _patch(where: Any, name: str, value: Any) -> Change:
-    return lambda stack: stack.enter_context(mock.patch.object(where, name, value))
-
-
-@contextmanager
-def _with_value(part: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module, put beside it for a while."""
-    there, before = name in vars(part), vars(part).get(name)
-    object.__setattr__(part, name, value)
-    try:
-        yield
-    finally:
-        if there:
-            object.__setattr__(part, name, before)
-        else:
-            object.__delattr__(part, name)
-
-
-def _set(part: nn.Module, name: str, value: Any) -> Change:
-    return lambda stack: stack.enter_context(_with_value(part, name, value))
-
-
-def _forward(part: nn.Module, forward: Callable[..., Tensor]) -> Change:
-    return _set(part, "forward", forward)
-
-
-@contextmanager
-def _with_data(part: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """A parameter of a module, exchanged for a while; the tensor itself is never written to."""
-    held = part._parameters[name]
-    part._parameters[name] = nn.Parameter(value.detach().contiguous(), requires_grad=False)
-    try:
-        yield
-    finally:
-        part._parameters[name] = held
-
-
-def _data(part: nn.Module, name: str, value: Tensor) -> Change:
-    return lambda stack: stack.enter_context(_with_data(part, name, value))
-
-
-def _attention(scale: float | None = None, causal: bool | None = None) -> Change:
-    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        if causal is not None:
-            options = {"causal": causal} if causal else {}
-        if scale is not None:
-            query = query * (scale * math.sqrt(query.shape[-1]))
-        return softmax_attention(query, key, value, **options)
-
-    return _patch(attention, "attention", attend)
-
-
-def _masked_padding(encoder: nn.Module, end: int) -> Change:
-    """Where the text encoder is asked: with a mask of what comes after the first end mark."""
-
-    def masked(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        ids = args[0]
-        ends = (ids == end).cumsum(dim=1)
-        return (ids, (ends == 0) | ((ends == 1) & (ids == end))), kwargs
-
-    return lambda stack: stack.callback(encoder.register_forward_pre_hook(masked, with_kwargs=True).remove)
-
-
-def _without_residual(part: nn.Module) -> Change:
-    hook = lambda _, args, out: out - args[0] if args and isinstance(args[0], Tensor) and args[0].shape == out.shape else out  # noqa: E731
-    return lambda stack: stack.callback(part.register_forward_hook(hook, prepend=True).remove)
-
-
-# -- The other forms -----------------------------------------------------------------------------------------------------
-
-_real_gelu, _real_interpolate, _real_cat = F.gelu, F.interpolate, torch.cat
-
-
-def _gelu(approximate: str, x: Tensor) -> Tensor:
-    return _real_gelu(x, approximate=approximate)
-
-
-def _silu(x: Tensor) -> Tensor:
-    return x * x.sigmoid()
-
-
-def _relu(x: Tensor) -> Tensor:
-    return x.clamp(min=0)
-
-
-def _interpolate(mode: str, x: Tensor, /, **options: Any) -> Tensor:
-    return _real_interpolate(x, **{**options, "mode": mode})
-
-
-def _cat_reversed(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    return _real_cat(list(tensors)[::-1], dim=dim)
-
-
-def _padded(part: nn.Conv2d, mode: str, before: int, after: int, x: Tensor) -> Tensor:
-    return F.conv2d(F.pad(x, (before, after, before, after), mode=mode), part.weight, part.bias, part.stride)
-
-
-def _plain_norm(part: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
-    if isinstance(part, nn.GroupNorm):
-        return F.group_norm(x, part.num_groups, eps=part.eps)
-    return F.layer_norm(x, part.normalized_shape, eps=part.eps)
-
-
-def _split_last(heads: int, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2)
-
-
-def _shifted_waves(t: Tensor, width: int) -> Tensor:
-    half = width // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, dtype=t.dtype, device=t.device) / (half - 1))
-    angles = t[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    yield "the position embedding is missing", changes.with_data(module.position_embedding, "weight", torch.zeros_like(table))
+    yield "positions count from 1", changes.with_data(module.position_embedding, "weight", table.roll(-1, 0))

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.sampling import Info
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.clip import TextEncoder
+from ldm.models.unet import UNet
 from ldm.numerics.traces import TraceError, TraceWriter
 from weights_convert import detect
 from weights_convert.naming.modules import module_paths
@@ -135,7 +138,7 @@ def names_of(component: str, module: nn.Module) -> tuple[dict[str, str], bool]:
     called = [path for path, part in module.named_modules() if not isinstance(part, (*CONTAINERS, nn.Identity))]
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = next((found for found in detect.components(shapes) if found.kind == component), None)
-    if found is None or type(module).__module__.startswith("ldm."):
+    if found is None or isinstance(module, UNet | TextEncoder | Autoencoder):
         return {path: path for path in called}, True
     prefix = found.prefix
     inner = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
