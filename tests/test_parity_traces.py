@@ -21,7 +21,7 @@ def model(tiny_diffusers):
 @pytest.fixture(scope="module")
 def right(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "ours"
-    trace_txt2img(model, PROMPT, path, steps=3, seed=1, negative_prompt="dull", convention="diffusers", **SIZE)
+    trace_txt2img(model, PROMPT, path, steps=3, seed=1, negative_prompt="dull", convention="diffusers", safety="off", **SIZE)
     return Trace(path)
 
 
