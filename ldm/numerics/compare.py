@@ -103,19 +103,20 @@ class _Texts:
 
     def __init__(self, a: Trace, b: Trace):
         self.a, self.b = a, b
-        self.rows_a, self.rows_b = _rows(a), _rows(b)
-        self.are_matched = bool(self.rows_a) and set(self.rows_a) <= set(self.rows_b)
+        self.rows_a, rows_b = _rows(a), _rows(b)
+        self.places = {row: (at, i) for at, rows in reversed(rows_b.items()) for i, row in enumerate(rows)}
+        wanted = {row for rows in self.rows_a.values() for row in rows}
+        self.are_matched = bool(wanted) and wanted <= set(self.places)
 
     def pair(self, key: Key) -> tuple[Tensor, Tensor] | None:
         if key not in self.a:
             return None
-        mine = self.a[key]
-        ids = [ids for ids, (at, _) in sorted(self.rows_a.items(), key=lambda item: item[1]) if at == key.repeat]
-        if len(ids) != len(mine):
+        mine, rows = self.a[key], self.rows_a.get(key.repeat, [])
+        if len(rows) != len(mine):
             return None
         theirs = []
-        for row in ids:
-            at, i = self.rows_b[row]
+        for row in rows:
+            at, i = self.places[row]
             other = Key(key.name, key.call, at)
             if other not in self.b:
                 return None
@@ -124,15 +125,14 @@ class _Texts:
         return mine, torch.stack(theirs)
 
 
-def _rows(trace: Trace) -> dict[tuple[int, ...], tuple[int, int]]:
-    """By its ids: at which encoding a text was encoded, and in which row."""
-    found: dict[tuple[int, ...], tuple[int, int]] = {}
-    for key, ids in trace.named(f"{TEXT}.ids"):
-        if ids.ndim != 2:
-            return {}
-        for i, row in enumerate(ids.tolist()):
-            found.setdefault(tuple(row), (key.repeat, i))
-    return found
+def _rows(trace: Trace) -> dict[int, list[tuple[int, ...]]]:
+    """Of each encoding, by its number, the ids of its texts."""
+    found = {key.repeat: ids for key, ids in trace.named(f"{TEXT}.ids")}
+    return (
+        {at: [tuple(row) for row in ids.tolist()] for at, ids in found.items()}
+        if all(i.ndim == 2 for i in found.values())
+        else {}
+    )
 
 
 # -- Two tensors ---------------------------------------------------------------------------------------------------------
