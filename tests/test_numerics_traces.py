@@ -252,7 +252,8 @@ def test_texts_are_matched_by_their_ids(tmp_path):
     assert len(found.rows) == 2 and found.first is None and all(row.relative == 0 for row in found.rows)
     alike = [("text_encoder.ids", None, ids[[0, 0]]), ("text_encoder.x", None, states[[0, 0]] + 1)]
     found = compare(Trace(write(tmp_path / "c", alike)), Trace(tmp_path / "b"))
-    assert [row.key.name for row in found.rows] == ["text_encoder.ids", "text_encoder.x"] and found.rows[1].largest == pytest.approx(1)
+    assert [row.key.name for row in found.rows] == ["text_encoder.ids", "text_encoder.x"]
+    assert found.rows[1].largest == pytest.approx(1)
 
 
 # -- A port without torch
