@@ -66,6 +66,7 @@ def test_a_difference_is_located_and_the_status_tells(command, pair, tmp_path):
     assert command("diff", pair[0], tmp_path / "c", "--tolerance", "10", model=None).status == 0
 
 
+@pytest.mark.reference
 def test_a_plot_is_drawn(command, pair, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     done = command("diff", *pair, "--plot", tmp_path / "a.png")
