@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit status."""
+    from ldm.numerics import plot
     from ldm.numerics.diagnosis import diagnose
     from ldm.numerics.traces import Trace
 
@@ -44,15 +45,15 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} {value}; expected a number from 0")
+    if args.plot is not None:
+        plot.check(args.plot)
     a, b = Trace(args.a), Trace(args.b)
     components = options.load(args) if args.model is not None else None
     found = diagnose(a, b, components, tolerance=args.tolerance, tolerance_added=args.tolerance_added)
     if not found.comparison.rows:
         raise ValueError(f"{args.a} and {args.b} have no tensor of the same name; see docs/traces.md for the names")
     if args.plot is not None:
-        from ldm.numerics.plot import plot
-
-        plot(found, args.plot)
+        plot.plot(found, args.plot)
     if args.json:
         print(json.dumps(_plain(found)))
     else:

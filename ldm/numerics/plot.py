@@ -1,5 +1,6 @@
 """The picture of a diagnosis: differences in the order of execution, whole and added (extra `plot`)."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,21 @@ from ldm.numerics.diagnosis import Diagnosis
 FLOOR = 1e-9  # what equal tensors are drawn at
 
 
-def plot(found: Diagnosis, path: str | Path) -> None:
-    """Write a PNG. Raises ImportError where matplotlib is missing, ValueError where `path` is no PNG's name."""
+def check(path: str | Path) -> None:
+    """Raises ImportError where matplotlib is missing, and ValueError where `path` is no PNG's name, or in no folder."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"plot {path}; expected the name of a PNG")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib; install it with: pip install 'ldm[plot]'") from None
+    if not path.parent.is_dir():
+        raise ValueError(f"plot {path}: there is no folder {path.parent}; create it first")
+    if find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib; install it with: pip install 'ldm[plot]'")
+
+
+def plot(found: Diagnosis, path: str | Path) -> None:
+    """Write a PNG, to a path that `check` has passed."""
+    from matplotlib.figure import Figure
+
     rows = found.comparison.rows
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -73,6 +73,8 @@ def test_a_plot_is_drawn(command, pair, tmp_path):
     assert done.status == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     done = command("diff", *pair, "--plot", tmp_path / "a.jpg")
     assert (done.status, done.err) == (1, f"ldm: plot {tmp_path / 'a.jpg'}; expected the name of a PNG\n")
+    done = command("diff", *pair, "--plot", tmp_path / "no" / "a.png")
+    assert done.status == 1 and f"there is no folder {tmp_path / 'no'}; create it first\n" in done.err
 
 
 @pytest.mark.parametrize(
