@@ -11,6 +11,7 @@ import gc
 import pytest
 import torch
 
+import ldm
 import weights_convert
 from ldm.adapters import lora
 from ldm.checkpoint import load, load_module
@@ -229,6 +230,32 @@ def test_a_lora_changes_text_states_and_eps_as_it_changes_diffusers(folder, styl
                 does = relative_error(outputs[way, PRECISE, coefficient][i], outputs["peer", PRECISE, 0.0][i])
                 print(f"{way + ' ' + str(coefficient):<24}{what:<14}{precise:>10.1e}{single:>10.1e}{does:>15.1e}", flush=True)
                 assert precise < TOLERANCE and single < LORA_TOLERANCE and (does > 1e-3) == (coefficient > 0)
+
+
+# -- Part by part
+
+
+def test_no_part_of_the_peers_adds_more_than_rounding(tmp_path):
+    """A trace of diffusers' modules, 7 GB, and each of our parts on the numbers in it. The sinusoids are theirs alone."""
+    import shutil
+
+    from ldm.numerics import peers
+    from ldm.numerics.forced import added
+    from ldm.numerics.traces import Trace, TraceWriter
+    from ldm.numerics.tracing import Tracer
+
+    model = ldm.build("sd-v1", seed=0)
+    theirs = peers.builder(lambda dtype: model)(SINGLE)
+    x, ids = seeded.tensor("x", 2, 4, 64, 64), model.tokenizer(["", "a red cube on top of a blue sphere"]).ids
+    with TraceWriter(tmp_path / "theirs") as writer, Tracer(writer, theirs):
+        context = theirs["text_encoder"](ids).last_hidden_state
+        theirs["unet"](x, torch.tensor(981), context)
+        theirs["autoencoder"].decode(x[:1])
+    rows = sorted(added(model, Trace(tmp_path / "theirs")), key=lambda row: -row.relative)
+    shutil.rmtree(tmp_path / "theirs")
+    print(f"\n{len(rows)} parts; the most added: " + ", ".join(f"{row.key.name} {row.relative:.1e}" for row in rows[:3]))
+    assert len(rows) > 700 and not any(row.past for row in rows)
+    assert rows[0].key.name == "unet.time_embedding.linear_1" and rows[1].relative < 1e-6
 
 
 # -- From text to pixels
