@@ -62,7 +62,7 @@ def causes(components: Components, trace: Trace, guilty: Difference) -> list[Cau
             change(stack)
             rows = forced(components, trace, stage, until=guilty.key.name)
         after = next((row.relative for row in rows if row.key == guilty.key), math.inf)
-        if after <= max(guilty.relative * AGREES, 0.0) or (after <= guilty.tolerance and after < guilty.relative / 3):
+        if after <= guilty.relative * AGREES or (after <= guilty.tolerance and after < guilty.relative / 3):
             found.append(Cause(what, guilty.relative, after))
     return sorted(found, key=lambda cause: cause.after)
 

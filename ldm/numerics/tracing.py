@@ -59,7 +59,10 @@ class Tracer:
             parts = dict(module.named_modules())
             for path, name in names.items():
                 self._watch(parts[path], f"{component}.{name}" if name else component, component)
-            self._watch_inputs(component, module, {name: parts[path] for path, name in names.items()}, ours)
+            if component in INPUTS and not (ours and component in SIDE_DOORS):  # our pipelines use no front door of the UNet
+                self._watch_front(component, module)
+            else:
+                self._watch_sides(component, {name: parts[path] for path, name in names.items()})
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,29 +107,29 @@ class Tracer:
     def _next_call(self, *_: object) -> None:
         self.call += 1
 
-    def _watch_inputs(self, component: str, module: nn.Module, parts: Mapping[str, nn.Module], ours: bool) -> None:
-        """Of our UNet the doors at its side, and of others the front door: the one is never used, or the other unlike ours."""
-        counts = component == NETWORK
+    def _watch_front(self, component: str, module: nn.Module) -> None:
+        """What a component is called with."""
+        arguments = list(inspect.signature(module.forward).parameters)
 
-        def note(name: str, tensor: Any) -> None:
-            if isinstance(tensor, Tensor | int | float):
-                self._writer.add(f"{component}.{name}", torch.as_tensor(tensor), call=self.call if counts else None)
+        def front(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = dict(zip(arguments, args, strict=False)) | kwargs
+            for name, spellings in INPUTS[component].items():
+                self._note_input(component, name, next((given[one] for one in spellings if one in given), None))
 
-        if component in INPUTS and not (ours and component in SIDE_DOORS):
-            arguments = list(inspect.signature(module.forward).parameters)
+        self._hooks.append(module.register_forward_pre_hook(front, with_kwargs=True))
 
-            def front(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                given = dict(zip(arguments, args, strict=False)) | kwargs
-                for name, spellings in INPUTS[component].items():
-                    note(name, next((given[spelling] for spelling in spellings if spelling in given), None))
-
-            self._hooks.append(module.register_forward_pre_hook(front, with_kwargs=True))
-            return
+    def _watch_sides(self, component: str, parts: Mapping[str, nn.Module]) -> None:
+        """What the parts are called with that stand at a component's `SIDE_DOORS`."""
         for pattern, name in SIDE_DOORS.get(component, ()):
             part = next((part for path, part in parts.items() if fnmatchcase(path, pattern)), None)
             if part is not None:
-                side = lambda _, args, name=name: note(name, args[0])  # noqa: E731
+                side = lambda _, args, name=name: self._note_input(component, name, args[0])  # noqa: E731
                 self._hooks.append(part.register_forward_pre_hook(side))
+
+    def _note_input(self, component: str, name: str, value: Any) -> None:
+        if isinstance(value, Tensor | int | float):
+            call = self.call if component == NETWORK else None
+            self._writer.add(f"{component}.{name}", torch.as_tensor(value), call=call)
 
 
 def names_of(component: str, module: nn.Module) -> tuple[dict[str, str], bool]:
