@@ -47,7 +47,8 @@ class Components:
 
     `name` is what the model is called: its file or folder, or its preset. `sources` says for each component which file,
     and which of its weights, it came from. `guidance_scale` is what it is sampled with where nobody says otherwise.
-    `adapters` is what receipts tell of the LoRAs and textual inversions that it has.
+    `adapters` is what receipts tell of the LoRAs and textual inversions that it has. Of a model whose modules `ldm.fast` has
+    rewritten, `acceleration` says how, and `fingerprint` is that of the weights it was made from.
     """
 
     tokenizer: Tokenizer
@@ -60,6 +61,8 @@ class Components:
     name: str
     guidance_scale: float = 7.5
     adapters: tuple[Mapping[str, Any], ...] = ()
+    acceleration: Mapping[str, bool] | None = None
+    fingerprint: str | None = None
 
 
 def load(

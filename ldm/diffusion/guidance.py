@@ -53,7 +53,7 @@ def guided(
             if not torch.is_grad_enabled():  # a graph is good for one backward pass only
                 cache[scale] = keys_values
         wide = (widen(x) if widen else x).to(weight)
-        out = unet.denoise(torch.cat([wide] * len(contexts)), unet.embed_time(t), keys_values).to(x)
+        out = unet.denoise(wide, unet.embed_time(t), keys_values).to(x)  # of x once for each context
         return out if len(contexts) == 1 else combine(*out.chunk(2), scale)
 
     def model(x: Tensor, t: float) -> Tensor:

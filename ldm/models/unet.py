@@ -230,7 +230,12 @@ class UNet(nn.Module):
         return [block.cross_attention.keys_values(context) for block in blocks]
 
     def denoise(self, x: Tensor, times: Sequence[Tensor], contexts: Sequence[KeysValues]) -> Tensor:
-        """The network proper, given what `embed_time` and `project_context` returned."""
+        """The network proper, given what `embed_time` and `project_context` returned.
+
+        x may be of fewer samples than the contexts, b of k b: it is then repeated for them, (k b, ...), as guidance asks about
+        one x under two contexts. The times must be one for all, or as many as the contexts.
+        """
+        x = x.repeat(len(contexts[0][0]) // len(x), 1, 1, 1)
         times, contexts = iter(times), iter(contexts)  # each block takes its own, in the order of the modules
         x = self.conv_in(x)
         skips = [x]

@@ -88,7 +88,7 @@ def replay(
 
 def _circumstances(receipt: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for the same bits. The model may have got another name."""
-    named = {name: receipt.get(name) for name in ("tokenizer", "dtype", "device", "batch")}
+    named = {name: receipt.get(name) for name in ("tokenizer", "dtype", "device", "batch", "acceleration")}
     named["the files of its adapters"] = [adapter.get("sha256") for adapter in receipt.get("adapters", ())]
     return {"the model's fingerprint": receipt["model"].get("fingerprint"), **named, **receipt["versions"]}
 

@@ -104,7 +104,7 @@ def _receipt(run: Run, task: str, grid: Grid | None, fields: dict[str, Any]) -> 
         del settings["num_images"]
     weight = run.components.unet.conv_in.weight
     modules = {kind: getattr(run.components, kind) for kind in REQUIRED}
-    model = {"name": run.components.name, "fingerprint": receipts.fingerprint(modules)}
+    model = {"name": run.components.name, "fingerprint": run.components.fingerprint or receipts.fingerprint(modules)}
     walked = {
         "calls": run.sampler.calls(grid) if grid else 0,
         "first_t": grid.steps[0].t if grid else None,
@@ -117,6 +117,7 @@ def _receipt(run: Run, task: str, grid: Grid | None, fields: dict[str, Any]) -> 
         "height": run.size[1],
         **settings,
         "negative_cut_off": run.negative_cut_off,
+        **({"acceleration": dict(run.components.acceleration)} if run.components.acceleration else {}),
         **({"adapters": list(map(dict, run.components.adapters))} if run.components.adapters else {}),
         **fields,
         "grid": walked,

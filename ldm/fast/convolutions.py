@@ -1,0 +1,87 @@
+"""Convolutions with their weights laid out once: direct, through Winograd's transform, and onto a map twice the size.
+
+Each is made from a layer of the reference, which stays as it is. Maps are (b, c, h, w), channels_last.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.fast import packing
+from ldm.fast.memory import page_out
+from ldm.fast.winograd import Winograd
+
+# Where Winograd's transforms cost less than what they save: not with fewer channels, on a smaller map, or of less work.
+WINOGRAD_CHANNELS = 128
+WINOGRAD_PIXELS = 256
+WINOGRAD_FLOPS = 2e9
+# Its kernels are four times the layer's. Those with more pairs of channels than this, 85 % of the weights of Stable Diffusion
+# v1's convolutions, stand where its maps are smallest and their share of the time is least.
+WINOGRAD_PAIRS = 1_300_000
+
+
+def convolution(conv: nn.Conv2d, dtype: torch.dtype, pixels: int, *, winograd: bool = True) -> nn.Module:
+    """The quickest way to compute `conv`, a 1x1 or 3x3 convolution, in dtype, on the device where it is, of maps of about so
+    many pixels. Called with (x, bias): a bias (o,) in place of the layer's own, or None for that."""
+    pairs, plain = conv.in_channels * conv.out_channels, conv.stride == (1, 1) and conv.padding == (1, 1)
+    multiplied = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)  # and not by a matrix engine
+    pays = pixels >= WINOGRAD_PIXELS and 18 * pairs * pixels >= WINOGRAD_FLOPS
+    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS and pairs <= WINOGRAD_PAIRS
+    return Winograd(conv, dtype) if winograd and plain and multiplied and pays and wide else Direct(conv, dtype)
+
+
+class Direct(nn.Module):
+    """The convolution as it is. On a CPU its weight is packed into blocks for oneDNN when it is first used."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, pack: bool = True):
+        super().__init__()
+        self.weight = _laid_out(conv.weight, dtype)
+        self.bias = conv.bias.detach().to(dtype)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.pack, self.packed = pack, False
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
+        if self.pack and not self.packed and packing.possible(self.weight):
+            self.weight = packing.convolution(self.weight, x.shape, self.stride, self.padding)
+            self.packed = True
+        if not self.packed:
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        args = (self.padding, self.stride, (1, 1), 1, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, bias, *args)
+
+
+class Upsampling(nn.Module):
+    """Nearest upsampling to twice the size, then the 3x3 convolution `conv`: one transposed convolution, 4x4, stride 2.
+
+    Of the nine pixels under the kernel, only four differ. With the taps on equal pixels summed beforehand, four
+    multiplications of nine remain. Exact but for rounding.
+    """
+
+    # Which of the three taps of one axis each of the four is the sum of.
+    TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        super().__init__()
+        taps = torch.tensor(self.TAPS, dtype=torch.float64, device=conv.weight.device)
+        made = conv.weight.new_empty(conv.in_channels, conv.out_channels, 4, 4, dtype=dtype)
+        part = 128  # output channels at a time, since float64 takes room
+        for start in range(0, conv.out_channels, part):
+            some = conv.weight.detach()[start : start + part].double()
+            made[:, start : start + part] = torch.einsum("ak, ockl, bl -> coab", taps, some, taps)
+        self.weight = made.contiguous(memory_format=torch.channels_last)
+        self.bias = conv.bias.detach().to(dtype)
+        self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
+        page_out(conv.weight)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """size: (h', w') of the output, 2h or 2h - 1 and the same in width; 2h and 2w where left out."""
+        h, w = x.shape[-2:]
+        if size is None or tuple(size) == (2 * h, 2 * w):
+            return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+        (weight,) = self.reference  # at an odd edge the last pixel has a neighbour less
+        return F.conv2d(F.interpolate(x, size=size, mode="nearest"), _laid_out(weight, self.weight.dtype), self.bias, padding=1)
+
+
+def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype, memory_format=torch.channels_last)

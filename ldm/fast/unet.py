@@ -1,0 +1,180 @@
+"""The UNet, quick: the same arithmetic as `ldm.models.unet`, made from a loaded one, in an order that costs less.
+
+What is done otherwise, and exact but for rounding:
+
+- maps are channels_last, so that a map's pixels are tokens without a copy;
+- convolutions have their weights laid out once, in float32 on a CPU through Winograd's transform (`convolutions.py`);
+- upsampling is part of the convolution after it;
+- the time projections of all residual blocks are one product, and are added in the convolutions' biases;
+- queries, keys and values are one product;
+- the gated feed-forward layer goes through the tokens in parts, in place;
+- where both halves of guidance ask about one x, everything before the first look at the text is computed once.
+"""
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.fast.convolutions import Direct, Upsampling, convolution
+from ldm.fast.linear import GatedLinear, Linear
+from ldm.fast.maps import as_many, map_of, same_norm, tokens_of
+from ldm.fast.normalisation import GroupNormSiLU
+from ldm.models import unet as reference
+from ldm.models.attention import attention
+from ldm.models.unet_blocks import FeedForward, KeysValues, ResidualBlock, SpatialTransformer, TransformerBlock
+
+PART = 1 << 21  # elements of the feed-forward layer's inside at a time on a CPU: what stays in its caches
+
+
+class Residual(nn.Module):
+    """`ResidualBlock`. times: of one sample for all (1, c), or of each (b, c)."""
+
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype, pixels: int, **how: bool):
+        super().__init__()
+        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, dtype), GroupNormSiLU(block.norm2, dtype)
+        self.conv1, self.conv2 = (convolution(conv, dtype, pixels, **how) for conv in (block.conv1, block.conv2))
+        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, dtype=dtype)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.norm1(x)
+        if len(time) == 1:
+            h = self.conv1(h, self.conv1.bias + time[0])
+        else:
+            h = self.conv1(h).add_(as_many(time, len(h))[..., None, None])
+        h = self.conv2(self.norm2(h))
+        return h.add_(x if self.shortcut is None else map_of(self.shortcut(tokens_of(x)), x.shape[2]))
+
+
+class GatedFeedForward(nn.Module):
+    """`FeedForward`, on a CPU in parts, so that its inside, four times as wide as its input, stays in the caches."""
+
+    def __init__(self, block: FeedForward, dtype: torch.dtype):
+        super().__init__()
+        self.expand, self.reduce = GatedLinear(block.expand, dtype), Linear(block.reduce, dtype=dtype)
+        self.part = max(1, PART // block.reduce.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, n, d) -> (b, n, d)."""
+        rows = x.flatten(0, 1)
+        if x.device.type != "cpu" or len(rows) <= self.part:
+            return self.reduce(self.expand(x))
+        return torch.cat([self.reduce(self.expand(some)) for some in rows.split(self.part)]).view_as(x)
+
+
+class Transformer(nn.Module):
+    """`SpatialTransformer`: a map (b, c, h, w) -> (k b, c, h, w), where the context's keys are of k b samples."""
+
+    def __init__(self, block: SpatialTransformer, dtype: torch.dtype):
+        super().__init__()
+        inner: TransformerBlock = block.block
+        self.heads = inner.self_attention.heads
+        self.norm = same_norm(block.norm, dtype)
+        self.norms = nn.ModuleList(same_norm(norm, dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
+        own, other = inner.self_attention, inner.cross_attention
+        self.proj_in, self.proj_out = Linear(block.proj_in, dtype=dtype), Linear(block.proj_out, dtype=dtype)
+        self.query_key_value = Linear(own.query, own.key, own.value, dtype=dtype)
+        self.output = Linear(own.output, dtype=dtype)
+        self.cross_query, self.cross_output = Linear(other.query, dtype=dtype), Linear(other.output, dtype=dtype)
+        self.feed_forward = GatedFeedForward(inner.feed_forward, dtype)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        tokens = self.proj_in(tokens_of(self.norm(x)))
+        query, key, value = map(self._split, self.query_key_value(self.norms[0](tokens)).chunk(3, dim=-1))
+        tokens = self.output(self._merge(attention(query, key, value))).add_(tokens)
+        count = len(keys_values[0])
+        query = as_many(self._split(self.cross_query(self.norms[1](tokens))), count)
+        attended = self.cross_output(self._merge(attention(query, *keys_values)))
+        tokens = attended.add_(as_many(tokens, count))
+        tokens = self.feed_forward(self.norms[2](tokens)).add_(tokens)
+        return map_of(self.proj_out(tokens), x.shape[2]).add_(as_many(x, count))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """`ldm.models.unet.Block`: the next of `times` and of `contexts` are taken where the block has use for them."""
+
+    def __init__(self, block: reference.Block, dtype: torch.dtype, pixels: int, **how: bool):
+        super().__init__()
+        self.residual = None if block.residual is None else Residual(block.residual, dtype, pixels, **how)
+        self.attention = None if block.attention is None else Transformer(block.attention, dtype)
+        self.downsample = None if block.downsample is None else convolution(block.downsample, dtype, pixels, **how)
+        self.upsample = None if block.upsample is None else Upsampling(block.upsample, dtype)
+
+    def forward(self, x: Tensor, times, contexts, size: torch.Size | None = None) -> Tensor:
+        if self.residual is not None:
+            x = self.residual(x, next(times))
+        if self.attention is not None:
+            x = self.attention(x, next(contexts))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x, size)
+        return x
+
+
+class FastUNet(nn.Module):
+    """`ldm.models.unet.UNet`, with the same seams. It shares the weights that need no other layout, and changes none."""
+
+    def __init__(self, unet: reference.UNet, dtype: torch.dtype, *, side: int | None = None, winograd: bool = True):
+        """side: of the latents it is made quick for, and takes any; those it was trained on where left out."""
+        super().__init__()
+        self.config, how, side = unet.config, {"winograd": winograd}, side or unet.config.sample_size
+        blocks = [module for module in unet.modules() if isinstance(module, ResidualBlock)]
+        self.time_embedding = (
+            unet.time_embedding if unet.conv_in.weight.dtype == dtype else deepcopy(unet.time_embedding).to(dtype)
+        )
+        self.time_projection = Linear(*(block.time_projection for block in blocks), dtype=dtype)
+        self.time_widths = [block.time_projection.out_features for block in blocks]
+        crosses = [module.cross_attention for module in unet.modules() if isinstance(module, TransformerBlock)]
+        self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=dtype) for cross in crosses)
+        self.conv_in = Direct(unet.conv_in, dtype, pack=False)  # whose weight tells device and type
+        sizes = [(side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]
+        rows = reference.down_rows(unet.config), reference.up_rows(unet.config)
+        down, up = (
+            [Block(block, dtype, sizes[row.level], **how) for block, row in zip(blocks, of, strict=True)]
+            for blocks, of in zip((unet.down, unet.up), rows, strict=True)
+        )
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+        self.residual_1 = Residual(unet.middle.residual_1, dtype, sizes[-1], **how)
+        self.attention = Transformer(unet.middle.attention, dtype)
+        self.residual_2 = Residual(unet.middle.residual_2, dtype, sizes[-1], **how)
+        self.norm_out = GroupNormSiLU(unet.norm_out, dtype)
+        self.conv_out = Direct(unet.conv_out, dtype)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        return self.denoise(x, self.embed_time(t), self.project_context(context))
+
+    def embed_time(self, t: Tensor | float) -> list[Tensor]:
+        """Every residual block's time projection, (1, c) or (b, c) each."""
+        precise = torch.as_tensor(t, dtype=torch.float64, device=self.conv_in.bias.device).reshape(-1)
+        projected = self.time_projection(F.silu(self.time_embedding(precise)))
+        return list(projected.split(self.time_widths, dim=-1))
+
+    def project_context(self, context: Tensor) -> list[KeysValues]:
+        """Every cross-attention's keys and values, (b, heads, n, d) each, contiguous."""
+        heads = self.config.heads
+        pairs = [projection(context).chunk(2, dim=-1) for projection in self.context_projections]
+        return [tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for part in pair) for pair in pairs]
+
+    def denoise(self, x: Tensor, times: list[Tensor], contexts: list[KeysValues]) -> Tensor:
+        """As the reference's, which see. x may be of fewer samples than the contexts: they then share it."""
+        times, contexts, count = iter(times), iter(contexts), len(contexts[0][0])
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down:
+            x = block(x, times, contexts)
+            skips.append(x)
+        x = self.residual_1(x, next(times))
+        x = self.attention(x, next(contexts))
+        x = self.residual_2(x, next(times))
+        for block in self.up:
+            x = torch.cat([x, as_many(skips.pop(), count)], dim=1)
+            x = block(x, times, contexts, size=skips[-1].shape[-2:] if skips else None)
+        return self.conv_out(self.norm_out(x))
