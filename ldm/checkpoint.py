@@ -61,7 +61,7 @@ class Components:
     name: str
     guidance_scale: float = 7.5
     adapters: tuple[Mapping[str, Any], ...] = ()
-    acceleration: Mapping[str, bool] | None = None
+    acceleration: Mapping[str, Any] | None = None
     fingerprint: str | None = None
 
 

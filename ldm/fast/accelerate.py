@@ -26,7 +26,7 @@ def accelerate(
     *,
     dtype: torch.dtype | None = None,
     side: int | None = None,
-    winograd: bool = True,
+    winograd: str = "large",
     keep_pages: bool = True,
     graph: bool = True,
     compile: bool = False,
@@ -35,7 +35,8 @@ def accelerate(
 
     dtype: of the weights and of what is computed; the model's own where left out.
     side: of the pictures it should be quickest for, in pixels; the size the model was trained at where left out.
-    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications, for up to half as much memory again.
+    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "large" maps, on "all" where it is
+        quicker, which takes a fifth more memory, or on "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     compile: let torch.compile fuse what is left between the large operations. It needs a C++ compiler on a CPU, and takes one
@@ -50,11 +51,23 @@ def accelerate(
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    factor = components.autoencoder.config.downsampling
+    if side is not None and (side < factor or side % factor):
+        raise ValueError(f"side {side}; expected a multiple of {factor}")
     on_cpu, on_cuda = weight.device.type == "cpu", weight.device.type == "cuda"
-    told = {"winograd": winograd and on_cpu and dtype == torch.float32, "compile": compile, "graph": graph and on_cuda}
+    if winograd not in ("large", "all", "none"):
+        raise ValueError(f"winograd {winograd!r}; expected large, all or none")
+    told = {
+        "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
+        "compile": compile,
+        "graph": graph and on_cuda,
+    }
     if on_cpu and keep_pages:
         memory.keep_pages()
-    latents = components.unet.config.sample_size if side is None else side // components.autoencoder.config.downsampling
+    for module in (components.text_encoder, components.unet, components.autoencoder, components.safety):
+        for parameter in module.parameters() if module else ():  # what loading read to check it; what is used comes back
+            memory.let_go(parameter)
+    latents = components.unet.config.sample_size if side is None else side // factor
     unet: nn.Module = FastUNet(components.unet, dtype, side=latents, winograd=winograd)
     autoencoder = FastAutoencoder(components.autoencoder, dtype, side=latents, winograd=winograd)
     if compile:

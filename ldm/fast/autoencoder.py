@@ -18,7 +18,7 @@ from ldm.models.attention import attention
 class Residual(nn.Module):
     """`ResidualBlock` of the autoencoder."""
 
-    def __init__(self, block: reference.ResidualBlock, dtype: torch.dtype, pixels: int, **how: bool):
+    def __init__(self, block: reference.ResidualBlock, dtype: torch.dtype, pixels: int, **how: str):
         super().__init__()
         self.norm1, self.norm2 = GroupNormSiLU(block.norm1, dtype), GroupNormSiLU(block.norm2, dtype)
         self.conv1, self.conv2 = (convolution(conv, dtype, pixels, **how) for conv in (block.conv1, block.conv2))
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     """`Middle`."""
 
-    def __init__(self, middle: reference.Middle, dtype: torch.dtype, pixels: int, **how: bool):
+    def __init__(self, middle: reference.Middle, dtype: torch.dtype, pixels: int, **how: str):
         super().__init__()
         self.residual_1, self.residual_2 = (
             Residual(block, dtype, pixels, **how) for block in (middle.residual_1, middle.residual_2)
@@ -60,7 +60,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """`Encoder`."""
 
-    def __init__(self, encoder: reference.Encoder, dtype: torch.dtype, side: int, **how: bool):
+    def __init__(self, encoder: reference.Encoder, dtype: torch.dtype, side: int, **how: str):
         super().__init__()
         self.conv_in = Direct(encoder.conv_in, dtype)
         sides = [side * 2**level for level in reversed(range(len(encoder.down)))]
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """`Decoder`."""
 
-    def __init__(self, decoder: reference.Decoder, dtype: torch.dtype, side: int, **how: bool):
+    def __init__(self, decoder: reference.Decoder, dtype: torch.dtype, side: int, **how: str):
         super().__init__()
         self.conv_in = Direct(decoder.conv_in, dtype)
         self.middle = Middle(decoder.middle, dtype, side**2, **how)
@@ -109,17 +109,21 @@ class Decoder(nn.Module):
 class FastAutoencoder(nn.Module):
     """`ldm.models.autoencoder.Autoencoder`: images <-> latents before `config.scaling_factor`."""
 
-    def __init__(self, autoencoder: reference.Autoencoder, dtype: torch.dtype, *, side: int, winograd: bool = True):
+    def __init__(self, autoencoder: reference.Autoencoder, dtype: torch.dtype, *, side: int, winograd: str = "large"):
         """side: of the latents it is made quick for; it takes any."""
         super().__init__()
         self.config = autoencoder.config
-        self.encoder = Encoder(autoencoder.encoder, dtype, side, winograd=winograd)
+        # Text to image has no use for an encoder: it is made when something is first encoded.
+        self.make_encoder = lambda: Encoder(autoencoder.encoder, dtype, side, winograd=winograd)
+        self.encoder: Encoder | None = None
         self.decoder = Decoder(autoencoder.decoder, dtype, side, winograd=winograd)
         self.quant_conv = Direct(autoencoder.quant_conv, dtype, pack=False)  # whose weights tell device and type
         self.post_quant_conv = Direct(autoencoder.post_quant_conv, dtype, pack=False)
 
     def encode(self, images: Tensor) -> reference.Posterior:
         """As the reference's."""
+        if self.encoder is None:
+            self.encoder = self.make_encoder()
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return reference.Posterior(mean, log_variance.clamp(*reference.LOG_VARIANCE_RANGE))
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast import packing
+from ldm.fast.memory import let_go
 
 
 class Linear(nn.Module):
@@ -21,7 +22,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if not self.packed and rows >= packing.LEAST_ROWS and packing.possible(self.weight):
+        if not self.packed and rows >= packing.LEAST_ROWS and packing.possible(self.weight, self.weight.dtype):
             self.weight, self.packed = packing.linear(self.weight, rows), True
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
@@ -41,7 +42,7 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if not self.halves and rows >= packing.LEAST_ROWS and packing.possible(self.weight):
+        if not self.halves and rows >= packing.LEAST_ROWS and packing.possible(self.weight, self.weight.dtype):
             self.halves = [packing.linear(half, rows) for half in self.weight.chunk(2)]
             self.weight = None
         if not self.halves:
@@ -53,4 +54,9 @@ class GatedLinear(nn.Module):
 
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat([tensor.detach() for tensor in tensors])).detach().to(dtype)
+    if len(tensors) == 1:
+        return tensors[0].detach().to(dtype)
+    joined = torch.cat([tensor.detach().to(dtype) for tensor in tensors])
+    for tensor in tensors:
+        let_go(tensor)
+    return joined

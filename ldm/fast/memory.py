@@ -6,10 +6,11 @@ Both are advice that Linux and glibc take; elsewhere nothing is done, and nothin
 import ctypes
 import mmap
 
+import numpy as np
+import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-MADV_PAGEOUT = 21  # of madvise(2), Linux 5.4
 TOP_PAD = 64 << 20  # bytes by which the heap grows at the least
 
 
@@ -27,13 +28,30 @@ def keep_pages() -> bool:
     return all(mallopt(option, value) == 1 for option, value in wanted)
 
 
-def page_out(tensor: Tensor) -> None:
-    """Let the system take back the pages of a tensor that will not be read soon. It keeps its values: a page of a file is read
-    again where it is wanted, and one of the process's own goes nowhere without swap."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is None or tensor.device.type != "cpu" or not tensor.nbytes:
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
+def let_go(tensor: Tensor) -> bool:
+    """Have the system take back the pages of a file that `tensor` is a view of, since a copy will be read in its place. It
+    keeps its values: whoever reads it again has the pages again, from the system's cache or from the file.
+
+    Only for pages that are the file's own, as Linux tells of each: memory of the process's own would lose what it holds.
+    Returns whether they were let go.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not hasattr(mmap, "MADV_DONTNEED"):
+        return False
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
+    if count <= 0 or not tensor.is_contiguous() or not _all_of_files(first, count):
+        return False
+    address, length = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(count * mmap.PAGESIZE)
+    return ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED) == 0
+
+
+def _all_of_files(first: int, count: int) -> bool:
+    """Whether every one of these pages that is in memory belongs to a file (Documentation/admin-guide/mm/pagemap.rst)."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(8 * first)
+            entries = np.frombuffer(pagemap.read(8 * count), dtype=np.uint64)
+    except OSError:
+        return False
+    present, swapped, of_file = (entries >> np.uint64(bit) & np.uint64(1) for bit in (63, 62, 61))
+    return len(entries) == count and not swapped.any() and bool((present <= of_file).all()) and bool(present.any())

@@ -5,29 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.fast.memory import page_out
+from ldm.fast.memory import let_go
 
 LEAST_ROWS = 16  # of fewer, a product waits for its weight, whatever the layout
 
 
-def possible(weight: Tensor) -> bool:
-    """Whether this torch can do it for such a weight."""
+def possible(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this torch can do it for such a weight in dtype."""
     ops = torch.ops.mkldnn
     known = all(hasattr(ops, name) for name in ("_reorder_convolution_weight", "_reorder_linear_weight"))
     if not known or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled:
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
 def linear(weight: Tensor, rows: int) -> Tensor:
     """weight (out, in) for `mkldnn._linear_pointwise`. rows: how many it will be multiplied with; others are as right."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-    page_out(weight)
+    let_go(weight)
     return packed
 
 
 def convolution(weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """weight (out, in, k, k) for `mkldnn._convolution_pointwise`. shape: of the input to come; others are as right."""
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, list(shape))
-    page_out(weight)
+    let_go(weight)
     return packed

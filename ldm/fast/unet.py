@@ -31,7 +31,7 @@ PART = 1 << 21  # elements of the feed-forward layer's inside at a time on a CPU
 class Residual(nn.Module):
     """`ResidualBlock`. times: of one sample for all (1, c), or of each (b, c)."""
 
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype, pixels: int, **how: bool):
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype, pixels: int, **how: str):
         super().__init__()
         self.norm1, self.norm2 = GroupNormSiLU(block.norm1, dtype), GroupNormSiLU(block.norm2, dtype)
         self.conv1, self.conv2 = (convolution(conv, dtype, pixels, **how) for conv in (block.conv1, block.conv2))
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """`ldm.models.unet.Block`: the next of `times` and of `contexts` are taken where the block has use for them."""
 
-    def __init__(self, block: reference.Block, dtype: torch.dtype, pixels: int, **how: bool):
+    def __init__(self, block: reference.Block, dtype: torch.dtype, pixels: int, **how: str):
         super().__init__()
         self.residual = None if block.residual is None else Residual(block.residual, dtype, pixels, **how)
         self.attention = None if block.attention is None else Transformer(block.attention, dtype)
@@ -122,7 +122,7 @@ class Block(nn.Module):
 class FastUNet(nn.Module):
     """`ldm.models.unet.UNet`, with the same seams. It shares the weights that need no other layout, and changes none."""
 
-    def __init__(self, unet: reference.UNet, dtype: torch.dtype, *, side: int | None = None, winograd: bool = True):
+    def __init__(self, unet: reference.UNet, dtype: torch.dtype, *, side: int | None = None, winograd: str = "large"):
         """side: of the latents it is made quick for, and takes any; those it was trained on where left out."""
         super().__init__()
         self.config, how, side = unet.config, {"winograd": winograd}, side or unet.config.sample_size

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast.memory import page_out
+from ldm.fast.memory import let_go
 
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
 BLOCK = 4 << 20  # elements of transformed input at a time: what stays in the last level of cache between two passes
+PART = 1 << 14  # pairs of channels whose kernels are transformed at a time
 
 
 def kernel_transform() -> Tensor:
@@ -37,12 +38,12 @@ def kernel_transform() -> Tensor:
 def transform_kernel(weight: Tensor) -> Tensor:
     """G g G^T of every pair of channels: (o, c, 3, 3) -> (36, c, o), computed in float64 and rounded once."""
     g = kernel_transform().to(weight.device)
-    made = weight.new_empty(TILE * TILE, weight.shape[1], weight.shape[0])
-    part = max(1, (1 << 22) // (9 * weight.shape[1]))  # output channels at a time, since float64 takes room
-    for start in range(0, len(weight), part):
-        kernels = torch.einsum("ik, ockl, jl -> ijco", g, weight[start : start + part].double(), g)
-        made[..., start : start + part] = kernels.flatten(0, 1)
-    return made
+    both_axes = torch.einsum("ik, jl -> ijkl", g, g).reshape(TILE * TILE, 9)
+    kernels = weight.permute(2, 3, 1, 0).reshape(9, -1)
+    made = weight.new_empty(TILE * TILE, kernels.shape[1])
+    for some, out in zip(kernels.split(PART, dim=1), made.split(PART, dim=1), strict=True):
+        out.copy_(both_axes @ some.double())
+    return made.view(TILE * TILE, weight.shape[1], weight.shape[0])
 
 
 def transform_inputs(d: list[Tensor], out: Tensor, even: Tensor, odd: Tensor) -> None:
@@ -76,7 +77,7 @@ class Winograd(nn.Module):
         super().__init__()
         self.kernel = transform_kernel(conv.weight.detach().to(dtype))
         self.bias = conv.bias.detach().to(dtype)
-        page_out(conv.weight)
+        let_go(conv.weight)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""

@@ -1,0 +1,270 @@
+"""The implementations that are timed beside each other, one a process: `benchmarks/speed.py` runs them.
+
+Every one loads the same diffusers folder and offers the same five things to time. `measure` prints one line of JSON.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROMPT = "a red cube on top of a blue sphere"
+SIDE = 512
+T = 500.0
+
+
+class Ldm:
+    """Ours, as it is read."""
+
+    options: dict | None = None
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
+        import torch
+
+        import ldm
+
+        self.torch, self.ldm, self.dtype, self.device = torch, ldm, getattr(torch, dtype), device
+        self.folder = folder
+
+    def load(self) -> None:
+        if self.options is None:
+            self.model = self._loaded(self.dtype)
+            return
+        import ldm.fast
+
+        loaded = self._loaded(self.torch.float32)  # mapped from the file, and converted once
+        self.model = ldm.fast.accelerate(loaded, dtype=self.dtype, **self.options)
+
+    def _loaded(self, dtype):
+        """Without its safety checker, which nobody here is asked for."""
+        return dataclasses.replace(self.ldm.load(self.folder, dtype=dtype, device=self.device), safety=None)
+
+    def prepare(self) -> None:
+        torch, model = self.torch, self.model
+        self.x = torch.randn(1, 4, SIDE // 8, SIDE // 8, device=self.device)
+        self.ids = torch.cat([model.tokenizer(text).ids for text in ("", PROMPT)]).to(self.device)
+        uncond, cond = model.text_encoder(self.ids).chunk(2)
+        from ldm.diffusion.guidance import guided
+
+        self.guided = guided(model.unet, uncond, cond, 7.5)
+        self.image = torch.randn(1, 3, SIDE, SIDE, device=self.device, dtype=self.dtype).clamp(-1, 1)
+
+    def text(self):
+        return self.model.text_encoder(self.ids)
+
+    def unet(self):
+        return self.guided(self.x, T)
+
+    def decode(self):
+        return self.model.autoencoder.decode(self.x.to(self.dtype))
+
+    def encode(self):
+        return self.model.autoencoder.encode(self.image).mean
+
+    def picture(self, steps: int):
+        fields = {"steps": steps, "sampler": "ddim", "guidance_scale": 7.5, "safety": "off", "seed": 1}
+        return self.ldm.txt2img(self.model, PROMPT, width=SIDE, height=SIDE, **fields).images[0]
+
+
+class LdmFast(Ldm):
+    """Ours, accelerated without compilation."""
+
+    options: dict = {}  # noqa: RUF012
+
+
+class LdmCompiled(Ldm):
+    """Ours, accelerated with it."""
+
+    options = {"compile": True}  # noqa: RUF012
+
+
+class Diffusers:
+    """diffusers as it is."""
+
+    channels_last = False
+    keep_pages = False
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
+        import torch
+        from diffusers import StableDiffusionPipeline
+
+        self.torch, self.pipeline, self.folder = torch, StableDiffusionPipeline, folder
+        self.dtype, self.device = getattr(torch, dtype), device
+
+    def load(self) -> None:
+        from diffusers import DDIMScheduler
+
+        if self.keep_pages:
+            from ldm.fast.memory import keep_pages
+
+            keep_pages()
+        given = {"torch_dtype": self.dtype, "safety_checker": None, "requires_safety_checker": False}
+        self.pipe = self.pipeline.from_pretrained(self.folder, **given).to(self.device)
+        self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        self.pipe.set_progress_bar_config(disable=True)
+        if self.channels_last:
+            for part in (self.pipe.unet, self.pipe.vae):
+                part.to(memory_format=self.torch.channels_last)
+
+    def prepare(self) -> None:
+        torch, pipe = self.torch, self.pipe
+        given = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+        self.ids = pipe.tokenizer(["", PROMPT], **given).input_ids.to(self.device)
+        self.context = pipe.text_encoder(self.ids)[0]
+        self.x = torch.randn(1, 4, SIDE // 8, SIDE // 8, device=self.device, dtype=self.dtype)
+        self.image = torch.randn(1, 3, SIDE, SIDE, device=self.device, dtype=self.dtype).clamp(-1, 1)
+
+    def text(self):
+        return self.pipe.text_encoder(self.ids)[0]
+
+    def unet(self):
+        both = self.torch.cat([self.x, self.x])
+        uncond, cond = self.pipe.unet(both, T, encoder_hidden_states=self.context, return_dict=False)[0].chunk(2)
+        return uncond + 7.5 * (cond - uncond)
+
+    def decode(self):
+        return self.pipe.vae.decode(self.x, return_dict=False)[0]
+
+    def encode(self):
+        return self.pipe.vae.encode(self.image).latent_dist.mean
+
+    def picture(self, steps: int):
+        random = self.torch.Generator().manual_seed(1)
+        given = {"num_inference_steps": steps, "guidance_scale": 7.5, "height": SIDE, "width": SIDE}
+        return self.pipe(PROMPT, generator=random, **given).images[0]
+
+
+class DiffusersChannelsLast(Diffusers):
+    """diffusers, channels_last."""
+
+    channels_last = True
+
+
+class DiffusersKeepingPages(DiffusersChannelsLast):
+    """The same, in a process that keeps the pages it frees."""
+
+    keep_pages = True
+
+
+class DiffusersFrozen(DiffusersChannelsLast):
+    """diffusers, channels_last, compiled with frozen weights."""
+
+    def load(self) -> None:
+        super().load()
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        self.pipe.unet = self.torch.compile(self.pipe.unet)
+        self.pipe.vae.decode = self.torch.compile(self.pipe.vae.decode)
+
+
+class OpenVINO(Diffusers):
+    """diffusers' UNet and decoder in OpenVINO."""
+
+    picture = None  # its pipelines are of another library
+
+    def load(self) -> None:
+        import openvino
+
+        super().load()
+        torch = self.torch
+
+        class Decoder(torch.nn.Module):
+            def __init__(self, vae):
+                super().__init__()
+                self.vae = vae
+
+            def forward(self, z):
+                return self.vae.decode(z, return_dict=False)[0]
+
+        class Step(torch.nn.Module):
+            def __init__(self, unet):
+                super().__init__()
+                self.unet = unet
+
+            def forward(self, x, t, context):
+                return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+        hint = {"INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]}
+        core, side = openvino.Core(), SIDE // 8
+        x, t, context = torch.randn(2, 4, side, side), torch.tensor(T), torch.randn(2, 77, 768)
+
+        def compiled(module, *inputs):
+            with torch.no_grad():
+                made = openvino.convert_model(module, example_input=inputs, input=[list(one.shape) for one in inputs])
+            return core.compile_model(made, "CPU", hint)
+
+        self.step = compiled(Step(self.pipe.unet), x, t, context)
+        self.decoder = compiled(Decoder(self.pipe.vae), x[:1])
+        self.pipe.unet = None
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.context = self.context.float().numpy()
+
+    def unet(self):
+        both = self.torch.cat([self.x, self.x]).float().numpy()
+        uncond, cond = self.torch.from_numpy(self.step([both, T, self.context])[0]).chunk(2)
+        return uncond + 7.5 * (cond - uncond)
+
+    def decode(self):
+        return self.torch.from_numpy(self.decoder([self.x.float().numpy()])[0])
+
+
+CONTENDERS = {
+    "ldm, as it is read": Ldm,
+    "ldm, accelerated": LdmFast,
+    "ldm, accelerated and compiled": LdmCompiled,
+    "diffusers": Diffusers,
+    "diffusers, channels_last": DiffusersChannelsLast,
+    "diffusers, channels_last, keeping pages": DiffusersKeepingPages,
+    "diffusers, compiled and frozen": DiffusersFrozen,
+    "OpenVINO": OpenVINO,
+}
+
+
+def measure(name: str, folder: Path, dtype: str, steps: int, cases: list[str]) -> dict[str, float]:
+    """Seconds of everything in one process: the median of the calls after the first, which is `... first`."""
+    start = time.perf_counter()
+    contender = CONTENDERS[name](folder, dtype)
+    found = {"import": time.perf_counter() - start}
+    start = time.perf_counter()
+    contender.load()
+    found["load"] = time.perf_counter() - start
+    with contender.torch.no_grad():
+        contender.prepare()
+        for case in ("text", "unet", "decode", "encode"):
+            if case in cases:
+                found |= _timed(case, getattr(contender, case))
+        found["peak GB"] = _peak()
+        if "picture" in cases and contender.picture is not None:
+            contender.picture(1)
+            found |= _timed("picture", lambda: contender.picture(steps), first=False)
+            found["peak GB, with a picture"] = _peak()
+    return found
+
+
+def _timed(case: str, call: Callable[[], object], *, first: bool = True, budget: float = 6.0) -> dict[str, float]:
+    found, seconds = {}, []
+    if first:
+        start = time.perf_counter()
+        call()
+        found[f"{case} first"] = time.perf_counter() - start
+    while not seconds or (sum(seconds) < budget and len(seconds) < 20):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return {case: statistics.median(seconds), **found}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    name, folder, dtype, steps, cases = sys.argv[1:]
+    print(json.dumps(measure(name, Path(folder), dtype, int(steps), cases.split(","))))
