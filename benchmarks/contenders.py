@@ -47,11 +47,16 @@ class Ldm:
         torch, model = self.torch, self.model
         self.x = torch.randn(1, 4, SIDE // 8, SIDE // 8, device=self.device)
         self.ids = torch.cat([model.tokenizer(text).ids for text in ("", PROMPT)]).to(self.device)
-        uncond, cond = model.text_encoder(self.ids).chunk(2)
+        self.contexts = model.text_encoder(self.ids).chunk(2)
+        self.widen(1)
+        self.image = torch.randn(1, 3, SIDE, SIDE, device=self.device, dtype=self.dtype).clamp(-1, 1)
+
+    def widen(self, batch: int) -> None:
+        """Steps of so many pictures from now on."""
         from ldm.diffusion.guidance import guided
 
-        self.guided = guided(model.unet, uncond, cond, 7.5)
-        self.image = torch.randn(1, 3, SIDE, SIDE, device=self.device, dtype=self.dtype).clamp(-1, 1)
+        self.x = self.x[:1].repeat(batch, 1, 1, 1)
+        self.guided = guided(self.model.unet, *(context.repeat(batch, 1, 1) for context in self.contexts), 7.5)
 
     def text(self):
         return self.model.text_encoder(self.ids)
@@ -117,6 +122,11 @@ class Diffusers:
         self.context = pipe.text_encoder(self.ids)[0]
         self.x = torch.randn(1, 4, SIDE // 8, SIDE // 8, device=self.device, dtype=self.dtype)
         self.image = torch.randn(1, 3, SIDE, SIDE, device=self.device, dtype=self.dtype).clamp(-1, 1)
+
+    def widen(self, batch: int) -> None:
+        """Steps of so many pictures from now on."""
+        self.x = self.x[:1].repeat(batch, 1, 1, 1)
+        self.context = self.pipe.text_encoder(self.ids)[0].repeat_interleave(batch, dim=0)
 
     def text(self):
         return self.pipe.text_encoder(self.ids)[0]

@@ -1,6 +1,11 @@
 """`ldm.fast`: the same numbers as the reference, which stays as it is, and the same pictures."""
 
 import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,8 @@ from ldm.checkpoint import REQUIRED
 from ldm.fast import convolutions, memory, winograd
 from ldm.fast.accelerate import accelerate
 from ldm.fast.autoencoder import FastAutoencoder
+from ldm.fast.graph import CAPTURES, GraphedUNet
+from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.models.unet import UNet
 from tests import seeded
@@ -58,7 +65,7 @@ def inputs(model, b=2, size=(16, 16), dtype=torch.float64):
 @pytest.mark.parametrize("ways", ["all", "none"])
 @pytest.mark.parametrize("size", [(16, 16), (13, 10), (8, 24)])
 def test_in_float64_the_unet_is_the_reference_to_1e_10(tiny, winograd_everywhere, ways, size):
-    fast = FastUNet(tiny.unet, torch.float64, winograd=ways)
+    fast = FastUNet(tiny.unet, Plan(dtype=torch.float64, winograd=ways))
     assert any(isinstance(part, winograd.Winograd) for part in fast.modules()) == (ways == "all")
     x, context = inputs(tiny, size=size)
     for t in (0.5, 500.0, torch.tensor([3.0, 980.0])):
@@ -68,7 +75,10 @@ def test_in_float64_the_unet_is_the_reference_to_1e_10(tiny, winograd_everywhere
 @pytest.mark.parametrize("ways", ["all", "none"])
 @pytest.mark.parametrize("side", [8, 5])
 def test_in_float64_the_autoencoder_is_the_reference_to_1e_10(tiny, winograd_everywhere, ways, side):
-    fast, factor = FastAutoencoder(tiny.autoencoder, torch.float64, side=8, winograd=ways), tiny.autoencoder.config.downsampling
+    fast, factor = (
+        FastAutoencoder(tiny.autoencoder, Plan(dtype=torch.float64, winograd=ways), side=8),
+        tiny.autoencoder.config.downsampling,
+    )
     latents, image = (
         seeded.tensor("z", 2, 4, side, 8).double(),
         seeded.tensor("image", 1, 3, side * factor, 8 * factor).double(),
@@ -81,7 +91,7 @@ def test_in_float64_the_autoencoder_is_the_reference_to_1e_10(tiny, winograd_eve
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_x_under_several_contexts_is_the_x_repeated(tiny, batch):
-    fast = FastUNet(tiny.unet, torch.float64)
+    fast = FastUNet(tiny.unet, Plan(dtype=torch.float64))
     x, _ = inputs(tiny, b=batch)
     _, context = inputs(tiny, b=3 * batch)
     truth = tiny.unet(x.repeat(3, 1, 1, 1), 321.0, context)
@@ -95,7 +105,7 @@ def test_a_unet_without_attention_at_the_top_shares_more(tiny):
     x, _ = inputs(tiny, b=1)
     _, context = inputs(tiny)
     truth = unet(x.repeat(2, 1, 1, 1), 7.0, context)
-    assert relative_error(FastUNet(unet, torch.float64)(x, 7.0, context), truth) < 1e-10
+    assert relative_error(FastUNet(unet, Plan(dtype=torch.float64))(x, 7.0, context), truth) < 1e-10
 
 
 @pytest.mark.parametrize("t", [20.0, 500.0, 980.0])
@@ -104,7 +114,7 @@ def test_errors_are_about_the_reference_s_own(tiny, t, dtype, times):
     """The mean square over 24 inputs, since one of this size tells a tenth's difference from chance no better. In float32 the
     reference sums its shortcuts in float64, which saves it a fifth. (Winograd's errors at so few channels are larger than they
     ever are in use; see below.)"""
-    reference, fast = in_dtype(tiny, dtype).unet, FastUNet(in_dtype(tiny, dtype).unet, dtype)
+    reference, fast = in_dtype(tiny, dtype).unet, FastUNet(in_dtype(tiny, dtype).unet, Plan(dtype=dtype))
     errors = torch.zeros(2, dtype=torch.float64)
     for seed in range(24):
         x, context = (seeded.tensor("x", 2, *shape, seed=seed).to(dtype) for shape in ((4, 16, 16), (77, 32)))
@@ -167,7 +177,10 @@ def test_a_receipt_tells_of_it_and_has_the_model_s_own_fingerprint():
     fast = accelerate(model)
     made, plain = (ldm.txt2img(one, PROMPT, steps=2, seed=3).receipts[0] for one in (fast, model))
     assert made["model"] == plain["model"]
-    assert made["acceleration"] == {"winograd": "large", "compile": False, "graph": False} and "acceleration" not in plain
+    assert (
+        made["acceleration"] == {"winograd": "large", "compile": False, "kernels": False, "graph": False}
+        and "acceleration" not in plain
+    )
     assert ldm.replay(fast, made).same
     assert any("acceleration" in change for change in ldm.replay(model, made).changes)
 
@@ -198,3 +211,75 @@ def test_pages_of_a_file_are_let_go_and_those_of_a_process_are_not(tmp_path):
     assert not memory.let_go(own) and own[-1] == (1 << 20) - 1
     mapped[5] = 7.0  # a page of the process's own among the file's
     assert not memory.let_go(mapped) and mapped[5] == 7.0
+
+
+# -- A GPU's ways, as far as a CPU can show them ---------------------------------------------------------------------------
+
+
+def recorded(count):
+    """A graph's stand-in: what it records is run again at every replay, on the tensors that it was recorded with."""
+
+    def record(function):
+        out = function()
+        count.append(out.shape)
+        return lambda: out.copy_(function()), out
+
+    return record
+
+
+def test_a_replay_has_the_numbers_of_a_call_and_a_second_prompt_its_own(tiny):
+    count = []
+    fast = FastUNet(tiny.unet, Plan(dtype=torch.float64))
+    graphed = GraphedUNet(fast, recorded(count))
+    x, first = inputs(tiny)
+    second = torch.flip(first, dims=[0, 1])
+    earlier = graphed(x, 500.0, first)
+    kept = earlier.clone()
+    for context in (first, second):
+        projected = graphed.project_context(context)
+        for t, given in ((500.0, x), (20.0, 2 * x)):
+            found = graphed.denoise(given, graphed.embed_time(t), projected)
+            assert relative_error(found, fast(given, t, context)) < 1e-12
+    assert len(count) == 1 and torch.equal(earlier, kept)  # a result is the caller's own
+    graphed(x[:1], 500.0, first)
+    graphed(x, torch.tensor([3.0, 980.0]), first)
+    assert len(count) == 3
+    for side in range(8, 8 + 2 * CAPTURES, 2):
+        graphed(x[..., :side, :8].contiguous(), 1.0, first)
+    assert len(graphed.captures) == CAPTURES
+
+
+def test_pictures_of_a_graph_are_those_without():
+    model = ldm.load()
+    fast = accelerate(model)
+    graphed = dataclasses.replace(fast, unet=GraphedUNet(fast.unet, recorded([])))
+    for prompt in (PROMPT, "a green cone left of a purple cylinder"):
+        made, truth = (ldm.txt2img(one, prompt, steps=4, seed=3, guidance_interval=(100, 900)) for one in (graphed, fast))
+        assert torch.equal(made.latents, truth.latents)
+
+
+TRITON = """
+import torch
+import torch.nn.functional as F
+from ldm.fast.kernels import group_norm_silu
+
+for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding it
+    for b, c, h, w, groups, offset in ((2, 20, 9, 7, 2, 0.0), (1, 48, 33, 64, 4, 100.0), (2, 6, 1, 1, 2, 0.0)):
+        x = (torch.randn(b, c, h, w) + offset).to(dtype).to(memory_format=torch.channels_last)
+        weight, bias = torch.randn(2, c).to(dtype)
+        truth = F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5))
+        native = F.silu(F.group_norm(x, groups, weight, bias, 1e-5)).double()
+        found = group_norm_silu(x, groups, weight, bias, 1e-5)
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        errors = [float((one.double() - truth).pow(2).mean().sqrt()) for one in (found, native)]
+        assert errors[0] <= 1.1 * errors[1] + 1e-8, (dtype, (b, c, h, w), errors)
+print("right")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_triton_kernels_round_no_worse_than_torch_s():
+    """In Triton's interpreter, which runs them in NumPy: right, though nothing of their speed."""
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", TRITON], env=variables, capture_output=True, text=True)
+    assert done.stdout.strip() == "right", done.stderr[-2000:]

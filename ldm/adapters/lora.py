@@ -89,7 +89,9 @@ def with_pairs(
 
 def _changed(components: Components, uses: Uses, change: Callable, *, merged: bool) -> Components:
     if components.acceleration is not None and uses:
-        raise ValueError("the model is accelerated, and its layers are others; attach or merge LoRAs first, then accelerate it")
+        raise ValueError(
+            "the model is accelerated, which LoRAs cannot change; leave --fast out, or merge them before you accelerate it"
+        )
     changed = {}
     for kind in KINDS:
         by_layer: dict[str, list[tuple[Factors, float]]] = {}

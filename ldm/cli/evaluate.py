@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     options.add_sampling(command)
-    options.add_model(command)
+    options.add_model(command, fast=True)
     command.set_defaults(run=run)
 
 

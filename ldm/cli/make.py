@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         options.add_sampling(command)
         options.add_adapters(command)
         _add_output(command)
-        options.add_model(command)
+        options.add_model(command, fast=True)
         command.set_defaults(run=run, task=task)
 
 

@@ -21,8 +21,8 @@ SETTINGS = (
 )
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Which model, where, and in which precision."""
+def add_model(command: argparse.ArgumentParser, *, fast: bool = False) -> None:
+    """Which model, where, and in which precision. fast: whether the command has a use for a model rewritten to be quick."""
     group = command.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -33,6 +33,9 @@ def add_model(command: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default float32)")
     group.add_argument("--precision", choices=("full", "autocast"), help=argparse.SUPPRESS)
+    if fast:
+        group.add_argument("--fast", action="store_true", help="rewrite the model to be quicker; takes no LoRAs")
+    command.set_defaults(fast=False)
     group.add_argument("--weights", help="ema or raw, where a file holds both (default: ema where there is one)")
     group.add_argument("--variant", help="fp16 for a folder's half-precision files (default: the full ones where there are)")
     group.add_argument("--tokenizer", help="hf or openai: how prompts are cleaned (default hf)")
@@ -51,7 +54,12 @@ def load(args: argparse.Namespace) -> "Components":
     source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
-    return ldm.load(source, device=device, dtype=_dtype(args, device), **chosen)
+    components = ldm.load(source, device=device, dtype=_dtype(args, device), **chosen)
+    if not args.fast:
+        return components
+    from ldm.fast import accelerate
+
+    return accelerate(components)
 
 
 def _best_device() -> str:

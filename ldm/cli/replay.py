@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("-o", "--out", metavar="FOLDER", help="also write the new picture there")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    options.add_model(command)
+    options.add_model(command, fast=True)
     command.set_defaults(run=run)
 
 
@@ -63,3 +63,4 @@ def _as_recorded(args: argparse.Namespace, receipt: dict[str, Any]) -> None:
         args.device = receipt.get("device")
     if args.tokenizer is None:
         args.tokenizer = receipt.get("tokenizer")
+    args.fast = args.fast or bool(receipt.get("acceleration"))

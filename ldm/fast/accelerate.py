@@ -15,7 +15,9 @@ from torch import nn
 
 from ldm.checkpoint import DTYPES, REQUIRED, Components
 from ldm.fast import memory
+from ldm.fast.attention import ChosenAttention
 from ldm.fast.autoencoder import FastAutoencoder
+from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.output.receipt import fingerprint
 
@@ -28,6 +30,7 @@ def accelerate(
     side: int | None = None,
     winograd: str = "large",
     keep_pages: bool = True,
+    kernels: bool = True,
     graph: bool = True,
     compile: bool = False,
 ) -> Components:
@@ -38,6 +41,7 @@ def accelerate(
     winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "large" maps, on "all" where it is
         quicker, which takes a fifth more memory, or on "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
+    kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape.
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     compile: let torch.compile fuse what is left between the large operations. It needs a C++ compiler on a CPU, and takes one
         to several minutes at the first picture of each size.
@@ -60,6 +64,7 @@ def accelerate(
     told = {
         "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
         "compile": compile,
+        "kernels": kernels and on_cuda,
         "graph": graph and on_cuda,
     }
     if on_cpu and keep_pages:
@@ -68,8 +73,9 @@ def accelerate(
         for parameter in module.parameters() if module else ():  # what loading read to check it; what is used comes back
             memory.let_go(parameter)
     latents = components.unet.config.sample_size if side is None else side // factor
-    unet: nn.Module = FastUNet(components.unet, dtype, side=latents, winograd=winograd)
-    autoencoder = FastAutoencoder(components.autoencoder, dtype, side=latents, winograd=winograd)
+    plan = Plan(dtype=dtype, winograd=winograd, kernels=kernels, attend=ChosenAttention(choose=kernels))
+    unet: nn.Module = FastUNet(components.unet, plan, side=latents)
+    autoencoder = FastAutoencoder(components.autoencoder, plan, side=latents)
     if compile:
         from ldm.fast.compiled import compile_parts
 

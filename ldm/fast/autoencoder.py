@@ -11,6 +11,7 @@ from ldm.fast.convolutions import Direct, Upsampling, convolution
 from ldm.fast.linear import Linear
 from ldm.fast.maps import map_of, same_norm, tokens_of
 from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.plan import Plan
 from ldm.models import autoencoder as reference
 from ldm.models.attention import attention
 
@@ -18,11 +19,11 @@ from ldm.models.attention import attention
 class Residual(nn.Module):
     """`ResidualBlock` of the autoencoder."""
 
-    def __init__(self, block: reference.ResidualBlock, dtype: torch.dtype, pixels: int, **how: str):
+    def __init__(self, block: reference.ResidualBlock, plan: Plan, pixels: int):
         super().__init__()
-        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, dtype), GroupNormSiLU(block.norm2, dtype)
-        self.conv1, self.conv2 = (convolution(conv, dtype, pixels, **how) for conv in (block.conv1, block.conv2))
-        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Direct(block.shortcut, dtype)
+        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, plan), GroupNormSiLU(block.norm2, plan)
+        self.conv1, self.conv2 = (convolution(conv, plan, pixels) for conv in (block.conv1, block.conv2))
+        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Direct(block.shortcut, plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
@@ -32,11 +33,11 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """`AttentionBlock`, with queries, keys and values in one product."""
 
-    def __init__(self, block: reference.AttentionBlock, dtype: torch.dtype):
+    def __init__(self, block: reference.AttentionBlock, plan: Plan):
         super().__init__()
-        self.norm = same_norm(block.norm, dtype)
-        self.query_key_value = Linear(block.query, block.key, block.value, dtype=dtype)
-        self.output = Linear(block.output, dtype=dtype)
+        self.norm = same_norm(block.norm, plan.dtype)
+        self.query_key_value = Linear(block.query, block.key, block.value, dtype=plan.dtype)
+        self.output = Linear(block.output, dtype=plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.query_key_value(tokens_of(self.norm(x)))[:, None].chunk(3, dim=-1)
@@ -46,12 +47,10 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     """`Middle`."""
 
-    def __init__(self, middle: reference.Middle, dtype: torch.dtype, pixels: int, **how: str):
+    def __init__(self, middle: reference.Middle, plan: Plan, pixels: int):
         super().__init__()
-        self.residual_1, self.residual_2 = (
-            Residual(block, dtype, pixels, **how) for block in (middle.residual_1, middle.residual_2)
-        )
-        self.attention = Attention(middle.attention, dtype)
+        self.residual_1, self.residual_2 = (Residual(block, plan, pixels) for block in (middle.residual_1, middle.residual_2))
+        self.attention = Attention(middle.attention, plan)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_2(self.attention(self.residual_1(x)))
@@ -60,17 +59,17 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """`Encoder`."""
 
-    def __init__(self, encoder: reference.Encoder, dtype: torch.dtype, side: int, **how: str):
+    def __init__(self, encoder: reference.Encoder, plan: Plan, side: int):
         super().__init__()
-        self.conv_in = Direct(encoder.conv_in, dtype)
+        self.conv_in = Direct(encoder.conv_in, plan.dtype)
         sides = [side * 2**level for level in reversed(range(len(encoder.down)))]
         levels = zip(encoder.down, sides, strict=True)
-        down = [[Residual(block, dtype, side**2, **how) for block in level.residual] for level, side in levels]
+        down = [[Residual(block, plan, side**2) for block in level.residual] for level, side in levels]
         self.down = nn.ModuleList(map(nn.ModuleList, down))
         downsamples = [level.downsample for level in encoder.down if level.downsample is not None]
-        self.downsample = nn.ModuleList(Direct(conv, dtype) for conv in downsamples)
-        self.middle = Middle(encoder.middle, dtype, sides[-1] ** 2, **how)
-        self.norm_out, self.conv_out = GroupNormSiLU(encoder.norm_out, dtype), Direct(encoder.conv_out, dtype)
+        self.downsample = nn.ModuleList(Direct(conv, plan.dtype) for conv in downsamples)
+        self.middle = Middle(encoder.middle, plan, sides[-1] ** 2)
+        self.norm_out, self.conv_out = GroupNormSiLU(encoder.norm_out, plan), Direct(encoder.conv_out, plan.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
@@ -85,16 +84,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """`Decoder`."""
 
-    def __init__(self, decoder: reference.Decoder, dtype: torch.dtype, side: int, **how: str):
+    def __init__(self, decoder: reference.Decoder, plan: Plan, side: int):
         super().__init__()
-        self.conv_in = Direct(decoder.conv_in, dtype)
-        self.middle = Middle(decoder.middle, dtype, side**2, **how)
+        self.conv_in = Direct(decoder.conv_in, plan.dtype)
+        self.middle = Middle(decoder.middle, plan, side**2)
         levels = [(level.residual, side * 2**i) for i, level in enumerate(decoder.up)]
-        up = [[Residual(block, dtype, side**2, **how) for block in blocks] for blocks, side in levels]
+        up = [[Residual(block, plan, side**2) for block in blocks] for blocks, side in levels]
         self.up = nn.ModuleList(map(nn.ModuleList, up))
         upsamples = [level.upsample for level in decoder.up if level.upsample is not None]
-        self.upsample = nn.ModuleList(Upsampling(conv, dtype) for conv in upsamples)
-        self.norm_out, self.conv_out = GroupNormSiLU(decoder.norm_out, dtype), Direct(decoder.conv_out, dtype)
+        self.upsample = nn.ModuleList(Upsampling(conv, plan.dtype) for conv in upsamples)
+        self.norm_out, self.conv_out = GroupNormSiLU(decoder.norm_out, plan), Direct(decoder.conv_out, plan.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.middle(self.conv_in(latents))
@@ -109,16 +108,16 @@ class Decoder(nn.Module):
 class FastAutoencoder(nn.Module):
     """`ldm.models.autoencoder.Autoencoder`: images <-> latents before `config.scaling_factor`."""
 
-    def __init__(self, autoencoder: reference.Autoencoder, dtype: torch.dtype, *, side: int, winograd: str = "large"):
+    def __init__(self, autoencoder: reference.Autoencoder, plan: Plan, *, side: int):
         """side: of the latents it is made quick for; it takes any."""
         super().__init__()
         self.config = autoencoder.config
         # Text to image has no use for an encoder: it is made when something is first encoded.
-        self.make_encoder = lambda: Encoder(autoencoder.encoder, dtype, side, winograd=winograd)
+        self.make_encoder = lambda: Encoder(autoencoder.encoder, plan, side)
         self.encoder: Encoder | None = None
-        self.decoder = Decoder(autoencoder.decoder, dtype, side, winograd=winograd)
-        self.quant_conv = Direct(autoencoder.quant_conv, dtype, pack=False)  # whose weights tell device and type
-        self.post_quant_conv = Direct(autoencoder.post_quant_conv, dtype, pack=False)
+        self.decoder = Decoder(autoencoder.decoder, plan, side)
+        self.quant_conv = Direct(autoencoder.quant_conv, plan.dtype, pack=False)  # whose weights tell device and type
+        self.post_quant_conv = Direct(autoencoder.post_quant_conv, plan.dtype, pack=False)
 
     def encode(self, images: Tensor) -> reference.Posterior:
         """As the reference's."""

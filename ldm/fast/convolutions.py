@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.fast import packing
 from ldm.fast.memory import let_go
+from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
 
 # Where Winograd's transforms cost less than what they save: not with fewer channels, on a smaller map, or of less work.
@@ -22,10 +23,13 @@ LARGE = 4096
 WINOGRAD_PAIRS = 1_300_000
 
 
-def convolution(conv: nn.Conv2d, dtype: torch.dtype, pixels: int, *, winograd: str = "large") -> nn.Module:
-    """The quickest way to compute `conv`, a 1x1 or 3x3 convolution, in dtype, on the device where it is, of maps of about so
-    many pixels. winograd: for "large" maps, for "all" where it is quicker, or "none". Called with (x, bias): a bias (o,) in
-    place of the layer's own, or None for that."""
+def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
+    """The quickest way to compute `conv`, a 3x3 convolution, on the device where it is, of maps of about so many pixels.
+
+    plan.winograd: of "large" maps, of "all" where it is quicker, or "none". What is returned is called with (x, bias): a bias
+    (o,) in place of the layer's own, or None for that.
+    """
+    dtype, winograd = plan.dtype, plan.winograd
     pairs, plain = conv.in_channels * conv.out_channels, conv.stride == (1, 1) and conv.padding == (1, 1)
     multiplied = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)  # and not by a matrix engine
     least = {"large": max(LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]

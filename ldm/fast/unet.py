@@ -21,8 +21,8 @@ from ldm.fast.convolutions import Direct, Upsampling, convolution
 from ldm.fast.linear import GatedLinear, Linear
 from ldm.fast.maps import as_many, map_of, same_norm, tokens_of
 from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.plan import Plan
 from ldm.models import unet as reference
-from ldm.models.attention import attention
 from ldm.models.unet_blocks import FeedForward, KeysValues, ResidualBlock, SpatialTransformer, TransformerBlock
 
 PART = 1 << 21  # elements of the feed-forward layer's inside at a time on a CPU: what stays in its caches
@@ -31,11 +31,11 @@ PART = 1 << 21  # elements of the feed-forward layer's inside at a time on a CPU
 class Residual(nn.Module):
     """`ResidualBlock`. times: of one sample for all (1, c), or of each (b, c)."""
 
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype, pixels: int, **how: str):
+    def __init__(self, block: ResidualBlock, plan: Plan, pixels: int):
         super().__init__()
-        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, dtype), GroupNormSiLU(block.norm2, dtype)
-        self.conv1, self.conv2 = (convolution(conv, dtype, pixels, **how) for conv in (block.conv1, block.conv2))
-        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, dtype=dtype)
+        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, plan), GroupNormSiLU(block.norm2, plan)
+        self.conv1, self.conv2 = (convolution(conv, plan, pixels) for conv in (block.conv1, block.conv2))
+        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, dtype=plan.dtype)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.norm1(x)
@@ -50,9 +50,9 @@ class Residual(nn.Module):
 class GatedFeedForward(nn.Module):
     """`FeedForward`, on a CPU in parts, so that its inside, four times as wide as its input, stays in the caches."""
 
-    def __init__(self, block: FeedForward, dtype: torch.dtype):
+    def __init__(self, block: FeedForward, plan: Plan):
         super().__init__()
-        self.expand, self.reduce = GatedLinear(block.expand, dtype), Linear(block.reduce, dtype=dtype)
+        self.expand, self.reduce = GatedLinear(block.expand, plan.dtype), Linear(block.reduce, dtype=plan.dtype)
         self.part = max(1, PART // block.reduce.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,26 +66,26 @@ class GatedFeedForward(nn.Module):
 class Transformer(nn.Module):
     """`SpatialTransformer`: a map (b, c, h, w) -> (k b, c, h, w), where the context's keys are of k b samples."""
 
-    def __init__(self, block: SpatialTransformer, dtype: torch.dtype):
+    def __init__(self, block: SpatialTransformer, plan: Plan):
         super().__init__()
         inner: TransformerBlock = block.block
-        self.heads = inner.self_attention.heads
-        self.norm = same_norm(block.norm, dtype)
-        self.norms = nn.ModuleList(same_norm(norm, dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
+        self.heads, self.attend = inner.self_attention.heads, plan.attend
+        self.norm = same_norm(block.norm, plan.dtype)
+        self.norms = nn.ModuleList(same_norm(norm, plan.dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
         own, other = inner.self_attention, inner.cross_attention
-        self.proj_in, self.proj_out = Linear(block.proj_in, dtype=dtype), Linear(block.proj_out, dtype=dtype)
-        self.query_key_value = Linear(own.query, own.key, own.value, dtype=dtype)
-        self.output = Linear(own.output, dtype=dtype)
-        self.cross_query, self.cross_output = Linear(other.query, dtype=dtype), Linear(other.output, dtype=dtype)
-        self.feed_forward = GatedFeedForward(inner.feed_forward, dtype)
+        self.proj_in, self.proj_out = Linear(block.proj_in, dtype=plan.dtype), Linear(block.proj_out, dtype=plan.dtype)
+        self.query_key_value = Linear(own.query, own.key, own.value, dtype=plan.dtype)
+        self.output = Linear(own.output, dtype=plan.dtype)
+        self.cross_query, self.cross_output = Linear(other.query, dtype=plan.dtype), Linear(other.output, dtype=plan.dtype)
+        self.feed_forward = GatedFeedForward(inner.feed_forward, plan)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         tokens = self.proj_in(tokens_of(self.norm(x)))
         query, key, value = map(self._split, self.query_key_value(self.norms[0](tokens)).chunk(3, dim=-1))
-        tokens = self.output(self._merge(attention(query, key, value))).add_(tokens)
+        tokens = self.output(self._merge(self.attend(query, key, value))).add_(tokens)
         count = len(keys_values[0])
         query = as_many(self._split(self.cross_query(self.norms[1](tokens))), count)
-        attended = self.cross_output(self._merge(attention(query, *keys_values)))
+        attended = self.cross_output(self._merge(self.attend(query, *keys_values)))
         tokens = attended.add_(as_many(tokens, count))
         tokens = self.feed_forward(self.norms[2](tokens)).add_(tokens)
         return map_of(self.proj_out(tokens), x.shape[2]).add_(as_many(x, count))
@@ -100,12 +100,12 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """`ldm.models.unet.Block`: the next of `times` and of `contexts` are taken where the block has use for them."""
 
-    def __init__(self, block: reference.Block, dtype: torch.dtype, pixels: int, **how: str):
+    def __init__(self, block: reference.Block, plan: Plan, pixels: int):
         super().__init__()
-        self.residual = None if block.residual is None else Residual(block.residual, dtype, pixels, **how)
-        self.attention = None if block.attention is None else Transformer(block.attention, dtype)
-        self.downsample = None if block.downsample is None else convolution(block.downsample, dtype, pixels, **how)
-        self.upsample = None if block.upsample is None else Upsampling(block.upsample, dtype)
+        self.residual = None if block.residual is None else Residual(block.residual, plan, pixels)
+        self.attention = None if block.attention is None else Transformer(block.attention, plan)
+        self.downsample = None if block.downsample is None else convolution(block.downsample, plan, pixels)
+        self.upsample = None if block.upsample is None else Upsampling(block.upsample, plan.dtype)
 
     def forward(self, x: Tensor, times, contexts, size: torch.Size | None = None) -> Tensor:
         if self.residual is not None:
@@ -122,31 +122,31 @@ class Block(nn.Module):
 class FastUNet(nn.Module):
     """`ldm.models.unet.UNet`, with the same seams. It shares the weights that need no other layout, and changes none."""
 
-    def __init__(self, unet: reference.UNet, dtype: torch.dtype, *, side: int | None = None, winograd: str = "large"):
+    def __init__(self, unet: reference.UNet, plan: Plan, *, side: int | None = None):
         """side: of the latents it is made quick for, and takes any; those it was trained on where left out."""
         super().__init__()
-        self.config, how, side = unet.config, {"winograd": winograd}, side or unet.config.sample_size
+        self.config, dtype, side = unet.config, plan.dtype, side or unet.config.sample_size
         blocks = [module for module in unet.modules() if isinstance(module, ResidualBlock)]
         self.time_embedding = (
             unet.time_embedding if unet.conv_in.weight.dtype == dtype else deepcopy(unet.time_embedding).to(dtype)
         )
-        self.time_projection = Linear(*(block.time_projection for block in blocks), dtype=dtype)
+        self.time_projection = Linear(*(block.time_projection for block in blocks), dtype=plan.dtype)
         self.time_widths = [block.time_projection.out_features for block in blocks]
         crosses = [module.cross_attention for module in unet.modules() if isinstance(module, TransformerBlock)]
-        self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=dtype) for cross in crosses)
-        self.conv_in = Direct(unet.conv_in, dtype, pack=False)  # whose weight tells device and type
+        self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=plan.dtype) for cross in crosses)
+        self.conv_in = Direct(unet.conv_in, plan.dtype, pack=False)  # whose weight tells device and type
         sizes = [(side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]
         rows = reference.down_rows(unet.config), reference.up_rows(unet.config)
         down, up = (
-            [Block(block, dtype, sizes[row.level], **how) for block, row in zip(blocks, of, strict=True)]
+            [Block(block, plan, sizes[row.level]) for block, row in zip(blocks, of, strict=True)]
             for blocks, of in zip((unet.down, unet.up), rows, strict=True)
         )
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.residual_1 = Residual(unet.middle.residual_1, dtype, sizes[-1], **how)
-        self.attention = Transformer(unet.middle.attention, dtype)
-        self.residual_2 = Residual(unet.middle.residual_2, dtype, sizes[-1], **how)
-        self.norm_out = GroupNormSiLU(unet.norm_out, dtype)
-        self.conv_out = Direct(unet.conv_out, dtype)
+        self.residual_1 = Residual(unet.middle.residual_1, plan, sizes[-1])
+        self.attention = Transformer(unet.middle.attention, plan)
+        self.residual_2 = Residual(unet.middle.residual_2, plan, sizes[-1])
+        self.norm_out = GroupNormSiLU(unet.norm_out, plan)
+        self.conv_out = Direct(unet.conv_out, plan.dtype)
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         return self.denoise(x, self.embed_time(t), self.project_context(context))

@@ -1,0 +1,61 @@
+"""Which kernel of scaled dot product attention is quickest for a shape: asked of the device, once for each.
+
+torch chooses by rules that do not know the device. (4096, 40), (1024, 80), (256, 160) and 77 keys, the shapes of Stable
+Diffusion v1, have each another best kernel, and another on another device.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm.models.attention import attention
+
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+CALLS = 20  # that are timed
+
+
+class ChosenAttention:
+    """`ldm.models.attention.attention`, by the quickest kernel. One of these is shared by a network's layers."""
+
+    def __init__(self, *, choose: bool = True):
+        """choose: whether to; torch's own choice otherwise."""
+        self.choose = choose
+        self.chosen: dict[tuple, SDPBackend | None] = {}
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self.choose or not query.is_cuda:
+            return attention(query, key, value)
+        shape = (query.shape, key.shape, query.stride(), key.stride(), query.dtype)
+        if shape not in self.chosen:
+            if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
+                return attention(query, key, value)
+            self.chosen[shape] = quickest(query, key, value)
+        if self.chosen[shape] is None:
+            return attention(query, key, value)
+        with sdpa_kernel(self.chosen[shape]):
+            return attention(query, key, value)
+
+
+def quickest(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend | None:
+    """The kernel that takes least time for these, of those that take them at all; None where none does."""
+    seconds = {}
+    for backend in BACKENDS:
+        try:
+            with sdpa_kernel(backend):
+                seconds[backend] = _timed(query, key, value)
+        except RuntimeError:  # it does not take such a shape or type
+            continue
+    return min(seconds, key=seconds.__getitem__) if seconds else None
+
+
+def _timed(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Milliseconds of a number of calls."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        attention(query, key, value)
+    begin.record()
+    for _ in range(CALLS):
+        attention(query, key, value)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

@@ -1,0 +1,18 @@
+"""What the parts of a quick network are told when they are made."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ldm.fast.attention import ChosenAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """dtype: of weights and arithmetic. winograd: "large", "all" or "none"; see `convolutions.py`. kernels: whether to use
+    Triton's on a GPU. attend: attention, (b, h, n, d) each of queries, keys and values."""
+
+    dtype: torch.dtype
+    winograd: str = "large"
+    kernels: bool = True
+    attend: ChosenAttention = field(default_factory=ChosenAttention)
