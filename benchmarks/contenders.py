@@ -76,15 +76,9 @@ class Ldm:
 
 
 class LdmFast(Ldm):
-    """Ours, accelerated without compilation."""
+    """Ours, accelerated."""
 
     options: dict = {}  # noqa: RUF012
-
-
-class LdmCompiled(Ldm):
-    """Ours, accelerated with it."""
-
-    options = {"compile": True}  # noqa: RUF012
 
 
 class Diffusers:
@@ -228,7 +222,6 @@ class OpenVINO(Diffusers):
 CONTENDERS = {
     "ldm, as it is read": Ldm,
     "ldm, accelerated": LdmFast,
-    "ldm, accelerated and compiled": LdmCompiled,
     "diffusers": Diffusers,
     "diffusers, channels_last": DiffusersChannelsLast,
     "diffusers, channels_last, keeping pages": DiffusersKeepingPages,

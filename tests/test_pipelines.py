@@ -74,6 +74,7 @@ class StandIn:
         return context
 
     def denoise(self, x, t, context):
+        x = x.repeat(len(context) // len(x), 1, 1, 1)
         self.asked.append((len(x), t))
         return self.function(x, t, context)
 

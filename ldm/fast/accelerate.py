@@ -32,7 +32,6 @@ def accelerate(
     keep_pages: bool = True,
     kernels: bool = True,
     graph: bool = True,
-    compile: bool = False,
 ) -> Components:
     """The model with its UNet and autoencoder rewritten, on the device where it is. Exact but for rounding.
 
@@ -43,8 +42,6 @@ def accelerate(
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape.
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
-    compile: let torch.compile fuse what is left between the large operations. It needs a C++ compiler on a CPU, and takes one
-        to several minutes at the first picture of each size.
     LoRAs are attached or merged beforehand. Raises ValueError, one line, for what is no model as loaded.
     """
     if not isinstance(components, Components):
@@ -63,7 +60,6 @@ def accelerate(
         raise ValueError(f"winograd {winograd!r}; expected large, all or none")
     told = {
         "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
-        "compile": compile,
         "kernels": kernels and on_cuda,
         "graph": graph and on_cuda,
     }
@@ -76,10 +72,6 @@ def accelerate(
     plan = Plan(dtype=dtype, winograd=winograd, kernels=kernels, attend=ChosenAttention(choose=kernels))
     unet: nn.Module = FastUNet(components.unet, plan, side=latents)
     autoencoder = FastAutoencoder(components.autoencoder, plan, side=latents)
-    if compile:
-        from ldm.fast.compiled import compile_parts
-
-        compile_parts(unet, autoencoder)
     if told["graph"]:
         from ldm.fast.graph import GraphedUNet
 
