@@ -81,6 +81,12 @@ class LdmFast(Ldm):
     options: dict = {}  # noqa: RUF012
 
 
+class LdmFastAll(Ldm):
+    """Ours, accelerated with all the memory that it has a use for."""
+
+    options = {"winograd": "all"}  # noqa: RUF012
+
+
 class Diffusers:
     """diffusers as it is."""
 
@@ -222,6 +228,7 @@ class OpenVINO(Diffusers):
 CONTENDERS = {
     "ldm, as it is read": Ldm,
     "ldm, accelerated": LdmFast,
+    "ldm, accelerated, winograd all": LdmFastAll,
     "diffusers": Diffusers,
     "diffusers, channels_last": DiffusersChannelsLast,
     "diffusers, channels_last, keeping pages": DiffusersKeepingPages,

@@ -38,7 +38,7 @@ def accelerate(
     dtype: of the weights and of what is computed; the model's own where left out.
     side: of the pictures it should be quickest for, in pixels; the size the model was trained at where left out.
     winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "large" maps, on "all" where it is
-        quicker, which takes a fifth more memory, or on "none".
+        quicker, which takes twice the memory, or on "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape.
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.

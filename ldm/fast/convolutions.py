@@ -16,11 +16,9 @@ from ldm.fast.winograd import Winograd
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 256
 WINOGRAD_FLOPS = 2e9
-# Its kernels are four times the layer's. What it saves for each of their bytes grows with the map: with maps of at least LARGE
-# pixels it costs Stable Diffusion v1 a tenth of its memory; with smaller ones too, if of no more pairs of channels than this,
-# a third.
+# Its kernels are four times the layer's, and what they save for each of their bytes grows with the map: of maps of at least so
+# many pixels they cost Stable Diffusion v1 a tenth of its memory; of all maps, as much again as its weights.
 LARGE = 4096
-WINOGRAD_PAIRS = 1_300_000
 
 
 def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
@@ -34,7 +32,7 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     multiplied = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)  # and not by a matrix engine
     least = {"large": max(LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]
     pays = pixels >= least and 18 * pairs * pixels >= WINOGRAD_FLOPS
-    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS and pairs <= WINOGRAD_PAIRS
+    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
     return Winograd(conv, dtype) if plain and multiplied and pays and wide else Direct(conv, dtype)
 
 
