@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import ldm
+import ldm.pipelines.text_to_image
 from ldm.cli import options
 from ldm.output import files
 from tests.command_line import PROMPT, SMALL, Done, refused, start
