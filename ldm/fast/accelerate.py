@@ -13,6 +13,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from ldm.adapters.lora import shallow_copy
 from ldm.checkpoint import DTYPES, REQUIRED, Components
 from ldm.fast import memory
 from ldm.fast.attention import ChosenAttention
@@ -20,6 +21,8 @@ from ldm.fast.autoencoder import FastAutoencoder
 from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.output.receipt import fingerprint
+
+SMALL = 1 << 20  # bytes of a weight that it is not worth letting go of
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def accelerate(
         unet = GraphedUNet(unet)
     return dataclasses.replace(
         components,
-        text_encoder=in_type(components.text_encoder, dtype),
+        text_encoder=released_after_use(in_type(components.text_encoder, dtype)),
         unet=unet,
         autoencoder=autoencoder,
         acceleration=told,
@@ -92,3 +95,17 @@ def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return module
     converted = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters()}
     return deepcopy(module, converted)
+
+
+def released_after_use(encoder: nn.Module) -> nn.Module:
+    """The same text encoder, whose weights, where they are a file's, are let go of when a text has been read: it reads one in
+    a picture, and the UNet has a use for the room."""
+
+    def release(module: nn.Module, *_) -> None:
+        for parameter in module.parameters():
+            if parameter.nbytes >= SMALL:
+                memory.let_go(parameter)
+
+    made = shallow_copy(encoder)
+    made.register_forward_hook(release)
+    return made

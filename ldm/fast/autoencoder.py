@@ -3,17 +3,21 @@
 A decoder's largest maps have 256 channels at 512 x 512, of which every operation that is not done in place makes another.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast.convolutions import Direct, Upsampling, convolution
+from ldm.fast.convolutions import Direct, Normalised, Upsampling
 from ldm.fast.linear import Linear
 from ldm.fast.maps import map_of, same_norm, tokens_of
-from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.memory import large_apart
 from ldm.fast.plan import Plan
 from ldm.models import autoencoder as reference
 from ldm.models.attention import attention
+
+LARGE = 4096  # latent pixels, whose decoder's maps are best had apart from what was freed before
 
 
 class Residual(nn.Module):
@@ -21,12 +25,12 @@ class Residual(nn.Module):
 
     def __init__(self, block: reference.ResidualBlock, plan: Plan, pixels: int):
         super().__init__()
-        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, plan), GroupNormSiLU(block.norm2, plan)
-        self.conv1, self.conv2 = (convolution(conv, plan, pixels) for conv in (block.conv1, block.conv2))
+        self.conv1 = Normalised(block.norm1, block.conv1, plan, pixels)
+        self.conv2 = Normalised(block.norm2, block.conv2, plan, pixels)
         self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Direct(block.shortcut, plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h = self.conv2(self.conv1(x))
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
@@ -69,7 +73,7 @@ class Encoder(nn.Module):
         downsamples = [level.downsample for level in encoder.down if level.downsample is not None]
         self.downsample = nn.ModuleList(Direct(conv, plan.dtype) for conv in downsamples)
         self.middle = Middle(encoder.middle, plan, sides[-1] ** 2)
-        self.norm_out, self.conv_out = GroupNormSiLU(encoder.norm_out, plan), Direct(encoder.conv_out, plan.dtype)
+        self.conv_out = Normalised(encoder.norm_out, encoder.conv_out, plan, sides[-1] ** 2)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
@@ -78,7 +82,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if i < len(self.downsample):
                 x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))
-        return self.conv_out(self.norm_out(self.middle(x)))
+        return self.conv_out(self.middle(x))
 
 
 class Decoder(nn.Module):
@@ -93,7 +97,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(map(nn.ModuleList, up))
         upsamples = [level.upsample for level in decoder.up if level.upsample is not None]
         self.upsample = nn.ModuleList(Upsampling(conv, plan.dtype) for conv in upsamples)
-        self.norm_out, self.conv_out = GroupNormSiLU(decoder.norm_out, plan), Direct(decoder.conv_out, plan.dtype)
+        self.conv_out = Normalised(decoder.norm_out, decoder.conv_out, plan, levels[-1][1] ** 2)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.middle(self.conv_in(latents))
@@ -102,7 +106,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if i < len(self.upsample):
                 x = self.upsample[i](x)
-        return self.conv_out(self.norm_out(x))
+        return self.conv_out(x)
 
 
 class FastAutoencoder(nn.Module):
@@ -128,4 +132,6 @@ class FastAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """As the reference's."""
-        return self.decoder(self.post_quant_conv(latents.contiguous(memory_format=torch.channels_last)))
+        large = latents.device.type == "cpu" and latents[:, 0].numel() >= LARGE
+        with large_apart() if large else nullcontext():
+            return self.decoder(self.post_quant_conv(latents.contiguous(memory_format=torch.channels_last)))

@@ -8,17 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast import packing
+from ldm.fast.maps import padded
 from ldm.fast.memory import let_go
+from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
 
 # Where Winograd's transforms cost less than what they save: not with fewer channels, on a smaller map, or of less work.
 WINOGRAD_CHANNELS = 256
-WINOGRAD_PIXELS = 256
-WINOGRAD_FLOPS = 2e9
+WINOGRAD_PIXELS = 512
+WINOGRAD_FLOPS = 4e9
 # Its kernels are four times the layer's, and what they save for each of their bytes grows with the map: of maps of at least so
 # many pixels they cost Stable Diffusion v1 a tenth of its memory; of all maps, as much again as its weights.
-LARGE = 4096
+LARGE = 8192
+WHOLE = 16 << 20  # elements of a map, of fewer of which there may be two at a time
+BAND = 4 << 20  # elements of it that are normalised at a time
 
 
 def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
@@ -48,15 +52,41 @@ class Direct(nn.Module):
         self.bias = conv.bias.detach().to(dtype)
         self.stride, self.padding = conv.stride, conv.padding
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, padding: tuple[int, int] | None = None) -> Tensor:
+        """bias, padding: in place of the layer's own."""
         bias = self.bias if bias is None else bias
         if self.pack and not self.packed:
             self.weight = packing.convolution(self.weight, x.shape, self.stride, self.padding)
             self.packed = True
-        if not self.packed:
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        args = (self.padding, self.stride, (1, 1), 1, "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, bias, *args)
+        convolve = packing.convolve if self.packed else F.conv2d
+        return convolve(x, self.weight, bias, self.stride, self.padding if padding is None else padding)
+
+
+class Normalised(nn.Module):
+    """SiLU(GroupNorm(x)), and then a 3x3 convolution, stride 1, padding 1.
+
+    Before Winograd's transform, and where a map is large, the norm is applied by bands of rows as the convolution comes to
+    them: the largest maps of a decoder are as large as a tenth of its weights, and need not be there twice.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, conv: nn.Conv2d, plan: Plan, pixels: int):
+        super().__init__()
+        self.norm, self.conv = GroupNormSiLU(norm, plan), convolution(conv, plan, pixels)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""
+        if isinstance(self.conv, Winograd):
+            return self.conv(x, bias, self.norm.bands(x))
+        if x.device.type != "cpu" or x.dtype == torch.bfloat16 or x.numel() < WHOLE:
+            return self.conv(self.norm(x), bias)
+        b, c, h, w = x.shape
+        pixels, write, rows = x.permute(0, 2, 3, 1), self.norm.bands(x), max(1, BAND // (b * w * c))
+        y = x.new_empty(b, h, w, self.conv.bias.shape[0])
+        for top in range(0, h, rows):
+            count = min(rows, h - top)
+            band = padded(pixels, top - 1, count + 2, 0, w, write).permute(0, 3, 1, 2)
+            y[:, top : top + count] = self.conv(band, bias, padding=(0, 1)).permute(0, 2, 3, 1)
+        return y.permute(0, 3, 1, 2)
 
 
 class Upsampling(nn.Module):

@@ -1,7 +1,11 @@
-"""Maps and tokens, one memory and two views; and the norms of a loaded model in another type."""
+"""Maps and tokens, one memory and two views; parts of maps; and the norms of a loaded model in another type."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+Write = Callable[[Tensor, Tensor], None]  # (a part of a map, where it goes), both (b, h, w, c)
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -12,6 +16,25 @@ def tokens_of(x: Tensor) -> Tensor:
 def map_of(tokens: Tensor, height: int) -> Tensor:
     """Tokens (b, h w, c) as a map (b, c, h, w), channels_last: a view."""
     return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+def copy(part: Tensor, out: Tensor) -> None:
+    """The part as it is: a `Write`."""
+    out.copy_(part)
+
+
+def padded(x: Tensor, top: int, height: int, left: int, width: int, write: Write = copy) -> Tensor:
+    """`height` rows of x (b, h, w, c) from `top` on and `width` columns from `left` on, by `write`; zeros where x has none."""
+    b, h, w, c = x.shape
+    first, last, start, stop = max(top, 0), min(top + height, h), max(left, 0), min(left + width, w)
+    made = x.new_empty(b, height, width, c)
+    made[:, : first - top].zero_()
+    made[:, last - top :].zero_()
+    inside = made[:, first - top : last - top]
+    inside[:, :, : start - left].zero_()
+    inside[:, :, stop - left :].zero_()
+    write(x[:, first:last, start:stop], inside[:, :, start - left : stop - left])
+    return made
 
 
 def as_many(x: Tensor, count: int) -> Tensor:

@@ -5,13 +5,19 @@ Both are advice that Linux and glibc take; elsewhere nothing is done, and nothin
 
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of mallopt(3)
+LARGE = 32 << 20  # bytes: the highest threshold that it takes
+MOST = 1 << 16  # blocks that may be the system's own at a time: its default
 TOP_PAD = 64 << 20  # bytes by which the heap grows at the least
+
+_kept = False  # whether this process keeps what it frees
 
 
 def keep_pages() -> bool:
@@ -24,8 +30,30 @@ def keep_pages() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
-    return all(mallopt(option, value) == 1 for option, value in wanted)
+    wanted = ((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
+    global _kept
+    results = [mallopt(option, value) for option, value in wanted]
+    _kept = all(result == 1 for result in results)
+    return _kept
+
+
+@contextmanager
+def large_apart() -> Iterator[None]:
+    """While in it, what is larger than 32 MiB is had from the system and returned to it, whether or not pages are kept.
+
+    For a network of few and large maps: they do not fit where an earlier network's many small ones were, so that keeping the
+    pages of both would take the room of both. What is free at the beginning is returned.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    if _kept:
+        library.mallopt(M_MMAP_MAX, MOST)
+    try:
+        yield
+    finally:
+        if _kept:
+            library.mallopt(M_MMAP_MAX, 0)
 
 
 def let_go(tensor: Tensor) -> bool:

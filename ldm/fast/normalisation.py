@@ -4,12 +4,15 @@ Wu & He 2018, "Group Normalization", arXiv:1803.08494.
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast.plan import Plan
+
+BAND = 1 << 19  # elements whose squares are summed at a time: what stays in a core's cache
 
 
 class GroupNormSiLU(nn.Module):
@@ -29,3 +32,28 @@ class GroupNormSiLU(nn.Module):
         if self.kernel is not None:
             return self.kernel(x, self.groups, self.weight, self.bias, self.eps)
         return F.silu(F.group_norm(x, self.groups, self.weight, self.bias, self.eps), inplace=True)
+
+    def bands(self, x: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """The same by bands of rows, for a map whose normalised self should never exist whole.
+
+        x (b, c, h, w) -> write(band, out): a part of x and where it goes, both (b, rows, w, c).
+        """
+        b, c, h, w = x.shape
+        pixels, rows = x.permute(0, 2, 3, 1), max(1, BAND // (b * c * w))
+        total = torch.zeros(2, b, c, dtype=torch.float64, device=x.device)  # of values and of squares
+        squares = x.new_empty(b, min(rows, h), w, c)
+        for band in pixels.split(rows, dim=1):
+            total[0] += band.sum((1, 2))
+            total[1] += torch.mul(band, band, out=squares[:, : band.shape[1]]).sum((1, 2))
+        mean, square = (total.view(2, b, self.groups, -1).sum(-1, keepdim=True) * (self.groups / (c * h * w))).unbind()
+        deviation = (square - mean.square()).clamp(min=0).add(self.eps).sqrt()
+        scale = (self.weight.view(self.groups, -1) / deviation).flatten(1)
+        offset = self.bias - (mean.expand(b, self.groups, c // self.groups)).flatten(1) * scale
+        scale, offset = scale.to(x.dtype), offset.to(x.dtype)
+
+        def write(band: Tensor, out: Tensor) -> None:
+            for i in range(b):
+                torch.addcmul(offset[i], band[i], scale[i], out=out[i])
+            F.silu(out, inplace=True)
+
+        return write

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast.convolutions import Direct, Upsampling, convolution
+from ldm.fast.convolutions import Direct, Normalised, Upsampling, convolution
 from ldm.fast.linear import GatedLinear, Linear
 from ldm.fast.maps import as_many, map_of, same_norm, tokens_of
-from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.models import unet as reference
 from ldm.models.unet_blocks import FeedForward, KeysValues, ResidualBlock, SpatialTransformer, TransformerBlock
@@ -33,17 +32,16 @@ class Residual(nn.Module):
 
     def __init__(self, block: ResidualBlock, plan: Plan, pixels: int):
         super().__init__()
-        self.norm1, self.norm2 = GroupNormSiLU(block.norm1, plan), GroupNormSiLU(block.norm2, plan)
-        self.conv1, self.conv2 = (convolution(conv, plan, pixels) for conv in (block.conv1, block.conv2))
+        self.conv1 = Normalised(block.norm1, block.conv1, plan, pixels)
+        self.conv2 = Normalised(block.norm2, block.conv2, plan, pixels)
         self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, dtype=plan.dtype)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.norm1(x)
         if len(time) == 1:
-            h = self.conv1(h, self.conv1.bias + time[0])
+            h = self.conv1(x, self.conv1.conv.bias + time[0])
         else:
-            h = self.conv1(h).add_(as_many(time, len(h))[..., None, None])
-        h = self.conv2(self.norm2(h))
+            h = self.conv1(x).add_(as_many(time, len(x))[..., None, None])
+        h = self.conv2(h)
         return h.add_(x if self.shortcut is None else map_of(self.shortcut(tokens_of(x)), x.shape[2]))
 
 
@@ -135,7 +133,7 @@ class FastUNet(nn.Module):
         crosses = [module.cross_attention for module in unet.modules() if isinstance(module, TransformerBlock)]
         self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=plan.dtype) for cross in crosses)
         self.conv_in = Direct(unet.conv_in, plan.dtype, pack=False)  # whose weight tells device and type
-        sizes = [(side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]
+        sizes = [2 * (side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]  # pixels, with guidance
         rows = reference.down_rows(unet.config), reference.up_rows(unet.config)
         down, up = (
             [Block(block, plan, sizes[row.level]) for block, row in zip(blocks, of, strict=True)]
@@ -145,8 +143,7 @@ class FastUNet(nn.Module):
         self.residual_1 = Residual(unet.middle.residual_1, plan, sizes[-1])
         self.attention = Transformer(unet.middle.attention, plan)
         self.residual_2 = Residual(unet.middle.residual_2, plan, sizes[-1])
-        self.norm_out = GroupNormSiLU(unet.norm_out, plan)
-        self.conv_out = Direct(unet.conv_out, plan.dtype)
+        self.conv_out = Normalised(unet.norm_out, unet.conv_out, plan, sizes[0])
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         return self.denoise(x, self.embed_time(t), self.project_context(context))
@@ -177,4 +174,4 @@ class FastUNet(nn.Module):
         for block in self.up:
             x = torch.cat([x, as_many(skips.pop(), count)], dim=1)
             x = block(x, times, contexts, size=skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(self.norm_out(x))
+        return self.conv_out(x)

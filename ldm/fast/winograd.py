@@ -14,9 +14,9 @@ It pays in float32 on a CPU, where multiplications are what a convolution waits 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.fast.maps import Write, copy, padded
 from ldm.fast.memory import let_go
 
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
@@ -79,8 +79,8 @@ class Winograd(nn.Module):
         self.bias = conv.bias.detach().to(dtype)
         let_go(conv.weight)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, write: Write = copy) -> Tensor:
+        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own. write: what is done with x beforehand."""
         b, c, h, w = x.shape
         tall, wide = -(-h // OUT), -(-w // OUT)  # tiles
         y = x.new_empty(b, tall * OUT, wide * OUT, self.bias.shape[0])
@@ -89,7 +89,7 @@ class Winograd(nn.Module):
         for top in range(0, tall, rows):
             count = min(rows, tall - top)
             part = y[:, OUT * top : OUT * (top + count)]
-            self._block(_padded(pixels, OUT * top - 1, OUT * count + 2, OUT * wide + 2), part)
+            self._block(padded(pixels, OUT * top - 1, OUT * count + 2, -1, OUT * wide + 2, write), part)
             part += self.bias if bias is None else bias
         return y[:, :h, :w].permute(0, 3, 1, 2)
 
@@ -109,9 +109,3 @@ class Winograd(nn.Module):
         transform_outputs(products, list(half))
         tiles = y.view(b, rows, OUT, columns, OUT, o)
         transform_outputs(half.transpose(0, 1), [tiles[:, :, :, :, j].movedim(2, 0) for j in range(OUT)])
-
-
-def _padded(x: Tensor, top: int, height: int, width: int) -> Tensor:
-    """Rows `top` to `top + height` of x (b, h, w, c), with a column of zeros before them and zeros wherever x ends."""
-    first, last = max(top, 0), min(top + height, x.shape[1])
-    return F.pad(x[:, first:last], (0, 0, 1, width - 1 - x.shape[2], first - top, top + height - last))
