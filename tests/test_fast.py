@@ -11,9 +11,10 @@ import ldm
 from ldm import images
 from ldm.adapters import lora
 from ldm.checkpoint import REQUIRED
-from ldm.fast import convolutions, memory, winograd
+from ldm.fast import convolutions, memory, normalisation, winograd
 from ldm.fast.accelerate import accelerate
 from ldm.fast.autoencoder import FastAutoencoder
+from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.models.unet import UNet
@@ -32,7 +33,7 @@ def no_gradients():
 @pytest.fixture
 def winograd_everywhere(monkeypatch):
     """The tiny model's convolutions are too small for it otherwise."""
-    for name in ("WINOGRAD_CHANNELS", "WINOGRAD_PIXELS", "WINOGRAD_FLOPS", "LARGE"):
+    for name in ("WINOGRAD_CHANNELS", "WINOGRAD_PIXELS", "WINOGRAD_FLOPS", "WINOGRAD_LARGE"):
         monkeypatch.setattr(convolutions, name, 0)
 
 
@@ -82,6 +83,52 @@ def test_in_float64_the_autoencoder_is_the_reference_to_1e_10(tiny, winograd_eve
     found, truth = fast.encode(image), tiny.autoencoder.encode(image)
     assert relative_error(found.mean, truth.mean) < 1e-10
     assert relative_error(found.log_variance, truth.log_variance) < 1e-10
+
+
+def banded(monkeypatch, elements):
+    for module, name in ((convolutions, "BANDED"), (convolutions, "BAND"), (normalisation, "BAND"), (winograd, "BLOCK")):
+        monkeypatch.setattr(module, name, elements)
+
+
+@pytest.mark.parametrize("ways", ["all", "none"])
+@pytest.mark.parametrize("elements", [0, 1500])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (18, 10)])
+def test_a_map_normalised_by_bands_is_the_map_normalised_whole(monkeypatch, winograd_everywhere, ways, elements, size):
+    norm, conv = (seeded.fill(layer.double()) for layer in (nn.GroupNorm(4, 16), nn.Conv2d(16, 6, 3, padding=1)))
+    x = seeded.tensor("x", 2, 16, *size).double() + 3
+    truth = conv(F.silu(norm(x)))
+    banded(monkeypatch, elements)
+    made = convolutions.Normalised(norm, conv, Plan(dtype=torch.float64, winograd=ways), pixels=64)
+    assert isinstance(made.conv, winograd.Winograd) == (ways == "all")
+    bands = []
+    whole = made.norm.banded
+    made.norm.banded = lambda x: counted(whole(x), bands)
+    assert relative_error(made(x.contiguous(memory_format=torch.channels_last)), truth) < 1e-10
+    assert len(bands) > 1 or size[0] < 8
+    other = seeded.tensor("bias", 6).double()
+    assert relative_error(made(x, other) - other[:, None, None], truth - conv.bias[:, None, None]) < 1e-10
+
+
+def counted(write, calls):
+    def counting(part, out):
+        calls.append(part.shape)
+        write(part, out)
+
+    return counting
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_moments_of_bands_round_as_the_norm_itself(monkeypatch, mean):
+    """Values whose mean is far from nothing lose what the squares of both have in common; the sums are float64 for that."""
+    banded(monkeypatch, 5000)
+    norm = seeded.fill(nn.GroupNorm(32, 320))
+    x = (seeded.tensor("x", 2, 320, 24, 24) + mean).contiguous(memory_format=torch.channels_last)
+    truth = F.silu(F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps))
+    ours, pixels = GroupNormSiLU(norm, Plan(dtype=torch.float32)), x.permute(0, 2, 3, 1)
+    made = torch.empty_like(pixels)
+    ours.banded(x)(pixels, made)
+    error, own = (relative_error(found, truth) for found in (made.permute(0, 3, 1, 2), ours(x)))
+    assert error < 2 * own and error < 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -203,6 +250,43 @@ def test_pages_of_a_file_are_let_go_and_those_of_a_process_are_not(tmp_path):
     assert not memory.let_go(own) and own[-1] == (1 << 20) - 1
     mapped[5] = 7.0  # a page of the process's own among the file's
     assert not memory.let_go(mapped) and mapped[5] == 7.0
+
+
+def test_a_text_encoder_lets_go_of_its_pages_and_reads_the_same_again(tmp_path, monkeypatch):
+    model = ldm.build("tiny", seed=0)
+    path = tmp_path / "table"
+    table = model.text_encoder.token_embedding
+    path.write_bytes(table.weight.detach().numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=table.weight.numel()).view_as(table.weight)
+    table.weight = nn.Parameter(mapped, requires_grad=False)
+    ids, let_go = model.tokenizer([PROMPT]).ids, []
+    truth = model.text_encoder(ids)
+    monkeypatch.setattr(memory, "let_go", lambda tensor, real=memory.let_go: let_go.append(real(tensor)))
+    fast = accelerate(model)
+    let_go.clear()
+    assert torch.equal(fast.text_encoder(ids), truth) and any(let_go)
+    let_go.clear()
+    assert torch.equal(fast.text_encoder(ids), truth) and torch.equal(model.text_encoder(ids), truth)
+    assert let_go == [True]  # by the quick one alone, and of the only weight that is large enough
+
+
+def test_after_large_maps_apart_pages_are_kept_again(monkeypatch):
+    calls = []
+
+    class Library:
+        malloc_trim = staticmethod(lambda pad: calls.append("trim"))
+        mallopt = staticmethod(lambda option, value: calls.append((option, value)))
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    monkeypatch.setattr(memory, "_kept", True)
+    with pytest.raises(KeyError), memory.large_apart():
+        assert calls == ["trim", (memory.M_MMAP_MAX, memory.MMAP_MAX)]
+        raise KeyError
+    assert calls[2:] == [(memory.M_MMAP_MAX, 0)]
+    monkeypatch.setattr(memory, "_kept", False)
+    with memory.large_apart():
+        pass
+    assert calls[3:] == ["trim"]
 
 
 def test_loras_are_merged_before_and_refused_after(tmp_path):

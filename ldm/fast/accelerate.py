@@ -22,7 +22,7 @@ from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.output.receipt import fingerprint
 
-SMALL = 1 << 20  # bytes of a weight that it is not worth letting go of
+WORTH_RELEASING = 1 << 20  # bytes of a weight
 
 
 @torch.no_grad()
@@ -98,12 +98,12 @@ def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def released_after_use(encoder: nn.Module) -> nn.Module:
-    """The same text encoder, whose weights, where they are a file's, are let go of when a text has been read: it reads one in
-    a picture, and the UNet has a use for the room."""
+    """The same text encoder, which lets go of its weights' pages, where they are a file's, after it has read a text: for the
+    rest of a picture they would take room for nothing. The one given stays as it is."""
 
     def release(module: nn.Module, *_) -> None:
         for parameter in module.parameters():
-            if parameter.nbytes >= SMALL:
+            if parameter.nbytes >= WORTH_RELEASING:
                 memory.let_go(parameter)
 
     made = shallow_copy(encoder)

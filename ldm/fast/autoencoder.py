@@ -17,7 +17,7 @@ from ldm.fast.plan import Plan
 from ldm.models import autoencoder as reference
 from ldm.models.attention import attention
 
-LARGE = 4096  # latent pixels, whose decoder's maps are best had apart from what was freed before
+LARGE = 4096  # latent pixels of all samples, from which on a decoder's maps are had apart from what the UNet has freed
 
 
 class Residual(nn.Module):

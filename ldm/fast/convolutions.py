@@ -14,27 +14,28 @@ from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
 
-# Where Winograd's transforms cost less than what they save: not with fewer channels, on a smaller map, or of less work.
+# Where Winograd's transforms cost less than what they save: not with fewer channels, of fewer pixels, or of less work.
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
 WINOGRAD_FLOPS = 4e9
-# Its kernels are four times the layer's, and what they save for each of their bytes grows with the map: of maps of at least so
-# many pixels they cost Stable Diffusion v1 a tenth of its memory; of all maps, as much again as its weights.
-LARGE = 8192
-WHOLE = 16 << 20  # elements of a map, of fewer of which there may be two at a time
-BAND = 4 << 20  # elements of it that are normalised at a time
+# Its kernels are four times the layer's, and what they save for each of their bytes grows with the pixels: of at least so many
+# they cost Stable Diffusion v1 a tenth of its memory; of any number, as much again as its weights.
+WINOGRAD_LARGE = 8192
+BANDED = 16 << 20  # elements of the smallest map that is normalised by bands
+BAND = 4 << 20  # elements of a band
 
 
 def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
-    """The quickest way to compute `conv`, a 3x3 convolution, on the device where it is, of maps of about so many pixels.
+    """The quickest way to compute `conv`, a 3x3 convolution, on the device where it is.
 
+    pixels: about how many it will be of at a time, those of all samples together.
     plan.winograd: of "large" maps, of "all" where it is quicker, or "none". What is returned is called with (x, bias): a bias
     (o,) in place of the layer's own, or None for that.
     """
     dtype, winograd = plan.dtype, plan.winograd
     pairs, plain = conv.in_channels * conv.out_channels, conv.stride == (1, 1) and conv.padding == (1, 1)
     multiplied = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)  # and not by a matrix engine
-    least = {"large": max(LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]
+    least = {"large": max(WINOGRAD_LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]
     pays = pixels >= least and 18 * pairs * pixels >= WINOGRAD_FLOPS
     wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
     return Winograd(conv, dtype) if plain and multiplied and pays and wide else Direct(conv, dtype)
@@ -66,22 +67,30 @@ class Normalised(nn.Module):
     """SiLU(GroupNorm(x)), and then a 3x3 convolution, stride 1, padding 1.
 
     Before Winograd's transform, and where a map is large, the norm is applied by bands of rows as the convolution comes to
-    them: the largest maps of a decoder are as large as a tenth of its weights, and need not be there twice.
+    them: a decoder's largest maps take more memory than all its weights, and need not be there twice.
     """
 
     def __init__(self, norm: nn.GroupNorm, conv: nn.Conv2d, plan: Plan, pixels: int):
         super().__init__()
         self.norm, self.conv = GroupNormSiLU(norm, plan), convolution(conv, plan, pixels)
 
+    @property
+    def bias(self) -> Tensor:
+        return self.conv.bias
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""
         if isinstance(self.conv, Winograd):
-            return self.conv(x, bias, self.norm.bands(x))
-        if x.device.type != "cpu" or x.dtype == torch.bfloat16 or x.numel() < WHOLE:
-            return self.conv(self.norm(x), bias)
+            return self.conv(x, bias, self.norm.banded(x))
+        precise = x.dtype in (torch.float32, torch.float64)  # as the moments of bands, sums of sums, ask for
+        if x.device.type == "cpu" and precise and x.numel() >= BANDED:
+            return self._banded(x, bias)
+        return self.conv(self.norm(x), bias)
+
+    def _banded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         b, c, h, w = x.shape
-        pixels, write, rows = x.permute(0, 2, 3, 1), self.norm.bands(x), max(1, BAND // (b * w * c))
-        y = x.new_empty(b, h, w, self.conv.bias.shape[0])
+        pixels, write, rows = x.permute(0, 2, 3, 1), self.norm.banded(x), max(1, BAND // (b * w * c))
+        y = x.new_empty(b, h, w, self.bias.shape[0])
         for top in range(0, h, rows):
             count = min(rows, h - top)
             band = padded(pixels, top - 1, count + 2, 0, w, write).permute(0, 3, 1, 2)

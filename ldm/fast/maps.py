@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Write = Callable[[Tensor, Tensor], None]  # (a part of a map, where it goes), both (b, h, w, c)
+Write = Callable[[Tensor, Tensor], None]  # of a part of a map, and where what is made of it goes, both (b, h, w, c)
 
 
 def tokens_of(x: Tensor) -> Tensor:

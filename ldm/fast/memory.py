@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of mallopt(3)
-LARGE = 32 << 20  # bytes: the highest threshold that it takes
-MOST = 1 << 16  # blocks that may be the system's own at a time: its default
+MMAP_THRESHOLD, MMAP_MAX = 32 << 20, 1 << 16  # bytes, the most that it takes; blocks, its default
 TOP_PAD = 64 << 20  # bytes by which the heap grows at the least
 
 _kept = False  # whether this process keeps what it frees
@@ -30,8 +29,8 @@ def keep_pages() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    wanted = ((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
     global _kept
+    wanted = ((M_MMAP_THRESHOLD, MMAP_THRESHOLD), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
     results = [mallopt(option, value) for option, value in wanted]
     _kept = all(result == 1 for result in results)
     return _kept
@@ -48,7 +47,7 @@ def large_apart() -> Iterator[None]:
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
     if _kept:
-        library.mallopt(M_MMAP_MAX, MOST)
+        library.mallopt(M_MMAP_MAX, MMAP_MAX)
     try:
         yield
     finally:

@@ -4,12 +4,12 @@ Wu & He 2018, "Group Normalization", arXiv:1803.08494.
 """
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.fast.maps import Write
 from ldm.fast.plan import Plan
 
 BAND = 1 << 19  # elements whose squares are summed at a time: what stays in a core's cache
@@ -33,11 +33,8 @@ class GroupNormSiLU(nn.Module):
             return self.kernel(x, self.groups, self.weight, self.bias, self.eps)
         return F.silu(F.group_norm(x, self.groups, self.weight, self.bias, self.eps), inplace=True)
 
-    def bands(self, x: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """The same by bands of rows, for a map whose normalised self should never exist whole.
-
-        x (b, c, h, w) -> write(band, out): a part of x and where it goes, both (b, rows, w, c).
-        """
+    def banded(self, x: Tensor) -> Write:
+        """The same of any part of x (b, c, h, w), float32 or float64, where all of it at once would take too much room."""
         b, c, h, w = x.shape
         pixels, rows = x.permute(0, 2, 3, 1), max(1, BAND // (b * c * w))
         total = torch.zeros(2, b, c, dtype=torch.float64, device=x.device)  # of values and of squares
@@ -48,7 +45,7 @@ class GroupNormSiLU(nn.Module):
         mean, square = (total.view(2, b, self.groups, -1).sum(-1, keepdim=True) * (self.groups / (c * h * w))).unbind()
         deviation = (square - mean.square()).clamp(min=0).add(self.eps).sqrt()
         scale = (self.weight.view(self.groups, -1) / deviation).flatten(1)
-        offset = self.bias - (mean.expand(b, self.groups, c // self.groups)).flatten(1) * scale
+        offset = self.bias - mean.expand(-1, -1, c // self.groups).flatten(1) * scale
         scale, offset = scale.to(x.dtype), offset.to(x.dtype)
 
         def write(band: Tensor, out: Tensor) -> None:

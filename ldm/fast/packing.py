@@ -26,23 +26,13 @@ def linear(weight: Tensor, rows: int) -> Tensor:
     return packed
 
 
-def convolution(
-    weight: Tensor, shape: Sequence[int], stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0), groups: int = 1
-) -> Tensor:
-    """weight (out, in / groups, k, k) for `convolve`. shape: of the input to come; others are as right."""
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), groups, list(shape))
+def convolution(weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """weight (out, in, k, k) for `convolve`. shape: of the input to come; others are as right."""
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, list(shape))
     let_go(weight)
     return packed
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    groups: int = 1,
-) -> Tensor:
-    """The convolution of x (b, c, h, w), channels_last, with a packed weight."""
-    args = (padding, stride, (1, 1), groups, "none", [], "")
-    return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *args)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`F.conv2d` with a packed weight: x (b, c, h, w), channels_last, likewise out."""
+    return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, padding, stride, (1, 1), 1, "none", [], "")

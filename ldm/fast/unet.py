@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         if len(time) == 1:
-            h = self.conv1(x, self.conv1.conv.bias + time[0])
+            h = self.conv1(x, self.conv1.bias + time[0])
         else:
             h = self.conv1(x).add_(as_many(time, len(x))[..., None, None])
         h = self.conv2(h)
