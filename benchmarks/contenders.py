@@ -180,8 +180,10 @@ class OpenVINO(Diffusers):
     def load(self) -> None:
         import openvino
 
-        super().load()
         torch = self.torch
+        hint = {"INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]}
+        self.dtype = torch.float32  # of what it converts; in which type it computes is its own affair
+        super().load()
 
         class Decoder(torch.nn.Module):
             def __init__(self, vae):
@@ -199,7 +201,6 @@ class OpenVINO(Diffusers):
             def forward(self, x, t, context):
                 return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
 
-        hint = {"INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]}
         core, side = openvino.Core(), SIDE // 8
         x, t, context = torch.randn(2, 4, side, side), torch.tensor(T), torch.randn(2, 77, 768)
 

@@ -11,7 +11,7 @@ import ldm
 from ldm import images
 from ldm.adapters import lora
 from ldm.checkpoint import REQUIRED
-from ldm.fast import convolutions, memory, normalisation, winograd
+from ldm.fast import convolutions, memory, native, normalisation, winograd
 from ldm.fast.accelerate import accelerate
 from ldm.fast.autoencoder import FastAutoencoder
 from ldm.fast.normalisation import GroupNormSiLU
@@ -171,7 +171,8 @@ def test_winograd_rounds_about_as_a_direct_convolution(channels, times):
     x = seeded.tensor("x", 1, channels, 24, 24).to(memory_format=torch.channels_last)
     truth = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     direct, ours = (
-        (found.double() - truth).pow(2).mean().sqrt() for found in (conv(x), winograd.Winograd(conv, torch.float32)(x))
+        (found.double() - truth).pow(2).mean().sqrt()
+        for found in (conv(x), winograd.Winograd(conv, Plan(dtype=torch.float32))(x))
     )
     assert ours < times * direct
 
@@ -182,7 +183,7 @@ def test_winograd_takes_maps_of_any_size_in_any_number_of_parts(monkeypatch, blo
     monkeypatch.setattr(winograd, "BLOCK", block)
     conv = seeded.fill(nn.Conv2d(3, 5, 3, padding=1).double())
     x = seeded.tensor("x", 2, 3, *size).double()
-    assert relative_error(winograd.Winograd(conv, torch.float64)(x), conv(x)) < 1e-12
+    assert relative_error(winograd.Winograd(conv, Plan(dtype=torch.float64))(x), conv(x)) < 1e-12
 
 
 def test_accelerating_changes_nothing_of_the_model_that_is_given():
@@ -219,7 +220,8 @@ def test_a_receipt_tells_of_it_and_has_the_model_s_own_fingerprint():
     fast = accelerate(model)
     made, plain = (ldm.txt2img(one, PROMPT, steps=2, seed=3).receipts[0] for one in (fast, model))
     assert made["model"] == plain["model"]
-    assert made["acceleration"] == {"winograd": "large", "kernels": False, "graph": False} and "acceleration" not in plain
+    told = {"winograd": "large", "kernels": native.attends(torch.float32), "graph": False}
+    assert made["acceleration"] == told and "acceleration" not in plain
     assert ldm.replay(fast, made).same
     assert any("acceleration" in change for change in ldm.replay(model, made).changes)
 
@@ -268,25 +270,6 @@ def test_a_text_encoder_lets_go_of_its_pages_and_reads_the_same_again(tmp_path, 
     let_go.clear()
     assert torch.equal(fast.text_encoder(ids), truth) and torch.equal(model.text_encoder(ids), truth)
     assert let_go == [True]  # by the quick one alone, and of the only weight that is large enough
-
-
-def test_after_large_maps_apart_pages_are_kept_again(monkeypatch):
-    calls = []
-
-    class Library:
-        malloc_trim = staticmethod(lambda pad: calls.append("trim"))
-        mallopt = staticmethod(lambda option, value: calls.append((option, value)))
-
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
-    monkeypatch.setattr(memory, "_kept", True)
-    with pytest.raises(KeyError), memory.large_apart():
-        assert calls == ["trim", (memory.M_MMAP_MAX, memory.MMAP_MAX)]
-        raise KeyError
-    assert calls[2:] == [(memory.M_MMAP_MAX, 0)]
-    monkeypatch.setattr(memory, "_kept", False)
-    with memory.large_apart():
-        pass
-    assert calls[3:] == ["trim"]
 
 
 def test_loras_are_merged_before_and_refused_after(tmp_path):

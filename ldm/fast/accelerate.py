@@ -13,9 +13,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from ldm.adapters.lora import shallow_copy
 from ldm.checkpoint import DTYPES, REQUIRED, Components
-from ldm.fast import memory
+from ldm.fast import memory, native
 from ldm.fast.attention import ChosenAttention
 from ldm.fast.autoencoder import FastAutoencoder
 from ldm.fast.plan import Plan
@@ -43,7 +42,8 @@ def accelerate(
     winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "large" maps, on "all" where it is
         quicker, which takes twice the memory, or on "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
-    kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape.
+    kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape; on a
+        CPU, attention in C, and matrix products where they are the quicker, where there is a C compiler (`compiling.py`).
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     LoRAs are attached or merged beforehand. Raises ValueError, one line, for what is no model as loaded.
     """
@@ -63,7 +63,7 @@ def accelerate(
         raise ValueError(f"winograd {winograd!r}; expected large, all or none")
     told = {
         "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
-        "kernels": kernels and on_cuda,
+        "kernels": kernels and (on_cuda or (on_cpu and native.attends(dtype))),
         "graph": graph and on_cuda,
     }
     if on_cpu and keep_pages:
@@ -93,19 +93,20 @@ def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module itself where it is of that type, or a copy of it that is; never two copies at a time."""
     if all(parameter.dtype == dtype for parameter in module.parameters()):
         return module
-    converted = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters()}
+    converted = {id(p): nn.Parameter(memory.converted(p, dtype), requires_grad=False) for p in module.parameters()}
     return deepcopy(module, converted)
 
 
 def released_after_use(encoder: nn.Module) -> nn.Module:
-    """The same text encoder, which lets go of its weights' pages, where they are a file's, after it has read a text: for the
-    rest of a picture they would take room for nothing. The one given stays as it is."""
+    """The same text encoder, each of whose parts lets go of its weights' pages, where they are a file's, when it has been used:
+    for the rest of a picture they would take room for nothing. The one given stays as it is; the parameters are the same."""
 
     def release(module: nn.Module, *_) -> None:
-        for parameter in module.parameters():
+        for parameter in module.parameters(recurse=False):
             if parameter.nbytes >= WORTH_RELEASING:
                 memory.let_go(parameter)
 
-    made = shallow_copy(encoder)
-    made.register_forward_hook(release)
+    made = deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+    for module in made.modules():
+        module.register_forward_hook(release)
     return made

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldm.fast import native
 from ldm.models.attention import attention
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -23,6 +24,8 @@ class ChosenAttention:
         self.chosen: dict[tuple, SDPBackend | None] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.choose and native.attends(query.dtype) and native.takes(query, key, value):
+            return native.attention(query, key, value)
         if not self.choose or not query.is_cuda:
             return attention(query, key, value)
         shape = (query.shape, key.shape, query.stride(), key.stride(), query.dtype)

@@ -3,8 +3,6 @@
 A decoder's largest maps have 256 channels at 512 x 512, of which every operation that is not done in place makes another.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +10,8 @@ from torch import Tensor, nn
 from ldm.fast.convolutions import Direct, Normalised, Upsampling
 from ldm.fast.linear import Linear
 from ldm.fast.maps import map_of, same_norm, tokens_of
-from ldm.fast.memory import large_apart
 from ldm.fast.plan import Plan
 from ldm.models import autoencoder as reference
-from ldm.models.attention import attention
-
-LARGE = 4096  # latent pixels of all samples, from which on a decoder's maps are had apart from what the UNet has freed
 
 
 class Residual(nn.Module):
@@ -39,13 +33,13 @@ class Attention(nn.Module):
 
     def __init__(self, block: reference.AttentionBlock, plan: Plan):
         super().__init__()
-        self.norm = same_norm(block.norm, plan.dtype)
+        self.norm, self.attend = same_norm(block.norm, plan.dtype), plan.attend
         self.query_key_value = Linear(block.query, block.key, block.value, dtype=plan.dtype)
         self.output = Linear(block.output, dtype=plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.query_key_value(tokens_of(self.norm(x)))[:, None].chunk(3, dim=-1)
-        return map_of(self.output(attention(*parts)[:, 0]), x.shape[2]).add_(x)
+        return map_of(self.output(self.attend(*parts)[:, 0]), x.shape[2]).add_(x)
 
 
 class Middle(nn.Module):
@@ -132,6 +126,4 @@ class FastAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """As the reference's."""
-        large = latents.device.type == "cpu" and latents[:, 0].numel() >= LARGE
-        with large_apart() if large else nullcontext():
-            return self.decoder(self.post_quant_conv(latents.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.post_quant_conv(latents.contiguous(memory_format=torch.channels_last)))

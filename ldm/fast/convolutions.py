@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.fast import packing
 from ldm.fast.maps import padded
-from ldm.fast.memory import let_go
+from ldm.fast.memory import converted, let_go
 from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
@@ -19,7 +19,7 @@ WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
 WINOGRAD_FLOPS = 4e9
 # Its kernels are four times the layer's, and what they save for each of their bytes grows with the pixels: of at least so many
-# they cost Stable Diffusion v1 a tenth of its memory; of any number, as much again as its weights.
+# they can be made anew at every call; to have them of any number they must be kept, for as much again as the weights.
 WINOGRAD_LARGE = 8192
 BANDED = 16 << 20  # elements of the smallest map that is normalised by bands
 BAND = 4 << 20  # elements of a band
@@ -38,7 +38,7 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     least = {"large": max(WINOGRAD_LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]
     pays = pixels >= least and 18 * pairs * pixels >= WINOGRAD_FLOPS
     wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
-    return Winograd(conv, dtype) if plain and multiplied and pays and wide else Direct(conv, dtype)
+    return Winograd(conv, plan) if plain and multiplied and pays and wide else Direct(conv, dtype)
 
 
 class Direct(nn.Module):
@@ -47,7 +47,7 @@ class Direct(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, pack: bool = True):
         super().__init__()
         self.pack, self.packed = pack and packing.possible(conv.weight, dtype), False
-        self.weight = conv.weight.detach().to(dtype)
+        self.weight = converted(conv.weight, dtype)
         if not self.pack:
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.detach().to(dtype)
@@ -116,7 +116,7 @@ class Upsampling(nn.Module):
         made = kernels.new_empty(*kernels.shape[:2], 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
         for some, out in zip(kernels, made, strict=True):  # an input channel at a time, since float64 takes room
             out.copy_((some.double() @ both_axes.T).view_as(out))
-        self.weight = made
+        self.weight, self.packed = made, False
         self.bias = conv.bias.detach().to(dtype)
         self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
         let_go(conv.weight)
@@ -125,8 +125,10 @@ class Upsampling(nn.Module):
         """size: (h', w') of the output, 2h or 2h - 1 and the same in width; 2h and 2w where left out."""
         h, w = x.shape[-2:]
         if size is None or tuple(size) == (2 * h, 2 * w):
+            if not self.packed and packing.possible(self.weight, self.bias.dtype):
+                self.weight, self.packed = packing.transposed(self.weight, x.shape), True
+            if self.packed:
+                return packing.convolve_transposed(x, self.weight, self.bias)
             return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
         (weight,) = self.reference  # at an odd edge the last pixel has a neighbour less
-        return F.conv2d(
-            F.interpolate(x, size=size, mode="nearest"), weight.detach().to(self.weight.dtype), self.bias, padding=1
-        )
+        return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight.detach().to(self.bias.dtype), self.bias, padding=1)

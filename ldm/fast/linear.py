@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.fast import packing
-from ldm.fast.memory import let_go
+from ldm.fast.memory import converted, let_go
 
 
 class Linear(nn.Module):
@@ -37,7 +37,7 @@ class GatedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+        self.weight, self.bias = converted(layer.weight, dtype), converted(layer.bias, dtype)
         self.halves: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class GatedLinear(nn.Module):
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     if len(tensors) == 1:
-        return tensors[0].detach().to(dtype)
+        return converted(tensors[0], dtype)
     joined = torch.cat([tensor.detach().to(dtype) for tensor in tensors])
     for tensor in tensors:
         let_go(tensor)

@@ -5,18 +5,14 @@ Both are advice that Linux and glibc take; elsewhere nothing is done, and nothin
 
 import ctypes
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of mallopt(3)
-MMAP_THRESHOLD, MMAP_MAX = 32 << 20, 1 << 16  # bytes, the most that it takes; blocks, its default
+MMAP_THRESHOLD = 32 << 20  # bytes, the most that it takes
 TOP_PAD = 64 << 20  # bytes by which the heap grows at the least
-
-_kept = False  # whether this process keeps what it frees
 
 
 def keep_pages() -> bool:
@@ -29,30 +25,17 @@ def keep_pages() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    global _kept
     wanted = ((M_MMAP_THRESHOLD, MMAP_THRESHOLD), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
     results = [mallopt(option, value) for option, value in wanted]
-    _kept = all(result == 1 for result in results)
-    return _kept
+    return all(result == 1 for result in results)
 
 
-@contextmanager
-def large_apart() -> Iterator[None]:
-    """While in it, what is larger than 32 MiB is had from the system and returned to it, whether or not pages are kept.
-
-    For a network of few and large maps: they do not fit where an earlier network's many small ones were, so that keeping the
-    pages of both would take the room of both. What is free at the beginning is returned.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-    if _kept:
-        library.mallopt(M_MMAP_MAX, MMAP_MAX)
-    try:
-        yield
-    finally:
-        if _kept:
-            library.mallopt(M_MMAP_MAX, 0)
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in dtype, without its gradient; where that is a copy, what it was copied from is let go of."""
+    made = tensor.detach().to(dtype)
+    if made.data_ptr() != tensor.data_ptr():
+        let_go(tensor)
+    return made
 
 
 def let_go(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from ldm.fast.attention import ChosenAttention
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """dtype: of weights and arithmetic. winograd: "large", "all" or "none"; see `convolutions.py`. kernels: whether to use
-    Triton's on a GPU. attend: attention, (b, h, n, d) each of queries, keys and values."""
+    our own, Triton's on a GPU and C's on a CPU. attend: attention, (b, h, n, d) each of queries, keys and values."""
 
     dtype: torch.dtype
     winograd: str = "large"

@@ -16,8 +16,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ldm.fast import native
 from ldm.fast.maps import Write, copy, padded
 from ldm.fast.memory import let_go
+from ldm.fast.plan import Plan
 
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
@@ -35,15 +37,15 @@ def kernel_transform() -> Tensor:
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-def transform_kernel(weight: Tensor) -> Tensor:
-    """G g G^T of every pair of channels: (o, c, 3, 3) -> (36, c, o), computed in float64 and rounded once."""
-    g = kernel_transform().to(weight.device)
+def transform_kernel(taps: Tensor) -> Tensor:
+    """G g G^T of every pair of channels: (9, c, o) -> (36, c, o), computed in float64 and rounded once."""
+    g = kernel_transform().to(taps.device)
     both_axes = torch.einsum("ik, jl -> ijkl", g, g).reshape(TILE * TILE, 9)
-    kernels = weight.permute(2, 3, 1, 0).reshape(9, -1)
-    made = weight.new_empty(TILE * TILE, kernels.shape[1])
+    kernels = taps.flatten(1)
+    made = taps.new_empty(TILE * TILE, kernels.shape[1])
     for some, out in zip(kernels.split(PART, dim=1), made.split(PART, dim=1), strict=True):
         out.copy_(both_axes @ some.double())
-    return made.view(TILE * TILE, weight.shape[1], weight.shape[0])
+    return made.view(TILE * TILE, *taps.shape[1:])
 
 
 def transform_inputs(d: list[Tensor], out: Tensor, even: Tensor, odd: Tensor) -> None:
@@ -71,11 +73,18 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
 
 
 class Winograd(nn.Module):
-    """The 3x3 convolution of `conv`, stride 1, padding 1, in dtype."""
+    """The 3x3 convolution of `conv`, stride 1, padding 1.
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+    Its kernel is four times the layer's own. Of large maps it is made anew at every call, which takes a hundredth of the time;
+    of "all", it is kept.
+    """
+
+    def __init__(self, conv: nn.Conv2d, plan: Plan):
         super().__init__()
-        self.kernel = transform_kernel(conv.weight.detach().to(dtype))
+        self.multiply = native.products if plan.kernels and native.multiplies(plan.dtype) else torch.bmm
+        dtype = plan.dtype
+        taps = conv.weight.detach().to(dtype).permute(2, 3, 1, 0).flatten(0, 1).contiguous()  # (9, c, o)
+        self.kernel, self.taps = (transform_kernel(taps), None) if plan.winograd == "all" else (None, taps)
         self.bias = conv.bias.detach().to(dtype)
         let_go(conv.weight)
 
@@ -84,17 +93,18 @@ class Winograd(nn.Module):
         b, c, h, w = x.shape
         tall, wide = -(-h // OUT), -(-w // OUT)  # tiles
         y = x.new_empty(b, tall * OUT, wide * OUT, self.bias.shape[0])
+        kernel = transform_kernel(self.taps) if self.kernel is None else self.kernel
         rows = max(1, min(tall, BLOCK // (TILE * TILE * b * wide * c)))
         pixels = x.permute(0, 2, 3, 1)
         for top in range(0, tall, rows):
             count = min(rows, tall - top)
             part = y[:, OUT * top : OUT * (top + count)]
-            self._block(padded(pixels, OUT * top - 1, OUT * count + 2, -1, OUT * wide + 2, write), part)
+            self._block(padded(pixels, OUT * top - 1, OUT * count + 2, -1, OUT * wide + 2, write), kernel, part)
             part += self.bias if bias is None else bias
         return y[:, :h, :w].permute(0, 3, 1, 2)
 
-    def _block(self, d: Tensor, y: Tensor) -> None:
-        """d (b, 4 rows + 2, 4 columns + 2, c) -> y (b, 4 rows, 4 columns, o)."""
+    def _block(self, d: Tensor, kernel: Tensor, y: Tensor) -> None:
+        """d (b, 4 rows + 2, 4 columns + 2, c), kernel (36, c, o) -> y (b, 4 rows, 4 columns, o)."""
         b, c, o = d.shape[0], d.shape[3], y.shape[3]
         rows, columns = y.shape[1] // OUT, y.shape[2] // OUT
         half = d.new_empty(TILE, b, rows, d.shape[2], c)
@@ -104,7 +114,7 @@ class Winograd(nn.Module):
         scratch = d.new_empty(2, TILE, b, rows, columns, c)
         taps = [half[:, :, :, j : j + OUT * (columns - 1) + 1 : OUT] for j in range(TILE)]
         transform_inputs(taps, whole.transpose(0, 1), *scratch)
-        products = torch.bmm(whole.view(TILE * TILE, -1, c), self.kernel).view(TILE, TILE, b, rows, columns, o)
+        products = self.multiply(whole.view(TILE * TILE, -1, c), kernel).view(TILE, TILE, b, rows, columns, o)
         half = d.new_empty(OUT, TILE, b, rows, columns, o)
         transform_outputs(products, list(half))
         tiles = y.view(b, rows, OUT, columns, OUT, o)

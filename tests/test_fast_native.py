@@ -1,0 +1,166 @@
+"""The kernels in C of `ldm.fast`: what they compute, that they round no worse than torch's, and what is done without them."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.fast import compiling, native
+from ldm.fast.attention import ChosenAttention
+from ldm.fast.plan import Plan
+from ldm.fast.winograd import Winograd
+from ldm.models.attention import attention, softmax_attention
+
+compiled = pytest.mark.skipif(compiling.library("attention") is None, reason="no C compiler, or one that knows no vectors")
+
+
+def tensors(b: int, h: int, n: int, m: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """As the layers have them: queries, keys and values cut out of one product."""
+    random = torch.Generator().manual_seed(n * m + d)
+    whole = torch.randn(b, max(n, m), 3 * h * d, generator=random).to(dtype) * scale
+    query, key, value = (part.unflatten(-1, (h, d)).transpose(1, 2) for part in whole.chunk(3, dim=-1))
+    return query[:, :, :n], key[:, :, :m], value[:, :, :m]
+
+
+def error(made: Tensor, of: tuple[Tensor, ...]) -> float:
+    truth = softmax_attention(*(one.double() for one in of))
+    return ((made.double() - truth).norm() / truth.norm()).item()
+
+
+# Blocks are of 48 or 24 queries and 128 keys, panels of 8 or 4 keys, pairs of 2.
+SHAPES = [
+    (2, 8, 300, 300, 40),
+    (1, 2, 48, 128, 80),
+    (2, 4, 5, 77, 160),
+    (1, 1, 260, 257, 512),
+    (1, 3, 49, 1, 8),
+    (30, 1, 1, 129, 16),
+]
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_in_c_is_as_exact_as_torch_s(shape):
+    of = tensors(*shape, torch.float32)
+    made = native.attention(*of)
+    assert made.shape == of[0].shape and made.transpose(1, 2).is_contiguous()
+    assert error(made, of) < max(1.5 * error(attention(*of), of), 3e-7)
+    of = tensors(*shape, torch.bfloat16)
+    made = native.attention(*of)
+    assert made.dtype == torch.bfloat16 and error(made, of) < max(1.1 * error(attention(*of), of), 2e-3)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_far_apart_do_not_overflow(dtype):
+    """Of scores as large as these one key takes all; exponentials taken before the maximum is known would be infinite."""
+    of = tensors(1, 2, 60, 200, 40, dtype, scale=30.0)
+    assert error(native.attention(*of), of) < 1.2 * error(attention(*of), of)
+    query, key, value = tensors(1, 1, 10, 300, 8, dtype)
+    query, key = query.abs() + 1, -key.abs() - 1 - 100 * torch.arange(300)[:, None].flip(0)  # each block larger than the last
+    lowest = native.attention(query, key.to(dtype), value)
+    torch.testing.assert_close(lowest, value[:, :, -1:].expand_as(lowest), rtol=0, atol=1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_a_number_stays_so(dtype, which):
+    of = [one.clone() for one in tensors(1, 1, 60, 200, 8, dtype)]
+    of[which][0, 0, 50, 3] = math.nan
+    made, expected = native.attention(*of).isnan(), attention(*of).isnan()
+    assert expected.any() and torch.equal(made, expected)
+
+
+@compiled
+def test_attention_is_computed_in_c_where_it_can_be_and_by_torch_elsewhere(monkeypatch):
+    calls = []
+    true = native.attention
+    monkeypatch.setattr(native, "attention", lambda *of: calls.append(of[0].dtype) or true(*of))
+    attend = ChosenAttention()
+    of = tensors(1, 2, 20, 30, 40, torch.float32)
+    torch.testing.assert_close(attend(*of), attention(*of))
+    assert calls == [torch.float32]
+    for other in (
+        tensors(1, 2, 20, 30, 12, torch.float32),  # a width that is no multiple of 8
+        tensors(1, 2, 20, 30, 40, torch.float64),
+        tensors(1, 2, 20, 30, 40, torch.float16),
+        tuple(one.transpose(2, 3).contiguous().transpose(2, 3) for one in of),  # features that are no neighbours
+        tuple(one.clone().requires_grad_() for one in of),
+    ):
+        with torch.enable_grad():
+            torch.testing.assert_close(attend(*other), attention(*other))
+        torch.testing.assert_close(ChosenAttention(choose=False)(*other), attention(*other))
+    assert calls == [torch.float32]
+
+
+@compiled
+@pytest.mark.parametrize(
+    "shape", [(36, 100, 320, 320), (2, 13, 300, 70), (1, 1, 1, 1), (3, 6, 128, 64), (37, 5, 129, 65)], ids=str
+)
+def test_products_in_c_are_as_exact_as_torch_s(shape):
+    n, rows, k, columns = shape
+    random = torch.Generator().manual_seed(k)
+    a, b = torch.randn(n, rows, k, generator=random), torch.randn(n, k, columns, generator=random)
+    truth = a.double() @ b.double()
+    ours, theirs = (((made - truth).norm() / truth.norm()).item() for made in (native.products(a, b), torch.bmm(a, b)))
+    assert ours < max(1.5 * theirs, 1e-7)
+    strided = native.products(a.mT.contiguous().mT, b[:, :, ::2])
+    torch.testing.assert_close(strided, native.products(a, b[:, :, ::2].contiguous()), rtol=0, atol=0)
+
+
+@compiled
+def test_winograd_s_products_in_c(monkeypatch):
+    monkeypatch.setattr(native, "_of_intel", lambda: False)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 48, 3, padding=1)
+    x = torch.randn(2, 32, 21, 18).contiguous(memory_format=torch.channels_last)
+    quick = Winograd(conv, Plan(dtype=torch.float32))
+    assert quick.multiply is native.products
+    with torch.no_grad():
+        torch.testing.assert_close(quick(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):
+    compiling.library.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    try:
+        assert compiling.library("attention") is None and not native.attends(torch.float32)
+        of = tensors(1, 2, 20, 30, 40, torch.float32)
+        assert torch.equal(ChosenAttention()(*of), attention(*of))
+        compiling.library.cache_clear()
+        monkeypatch.setenv("CC", "false")  # one that fails
+        assert compiling.library("attention") is None
+    finally:
+        compiling.library.cache_clear()
+
+
+@compiled
+def test_a_library_is_compiled_once_for_all_processes(tmp_path, monkeypatch):
+    program = (
+        "import time; from ldm.fast import compiling; start = time.perf_counter();"
+        "print(compiling.library('products') is not None, time.perf_counter() - start)"
+    )
+
+    def run(**environment: str) -> tuple[str, set[str]]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()[0]
+        return made, {path.name for path in (tmp_path / "ldm").glob("*")} if (tmp_path / "ldm").is_dir() else set()
+
+    made, first = run(XDG_CACHE_HOME=str(tmp_path))
+    assert made == "True" and len(first) == 1
+    made, second = run()
+    assert made == "True" and second == first  # nothing left of the work, and nothing made anew
+    other = shutil.which("gcc") or shutil.which("cc")
+    made, third = run(CC=f"{other} -g0")
+    assert made == "True" and len(third) == 2  # another compiler's is another library
+    (tmp_path / "ldm").chmod(0o777)  # where others could put theirs
+    made, fourth = run(CC=f"{other} -g1")
+    assert made == "True" and fourth == third
+    made, _ = run(XDG_CACHE_HOME="/proc/nowhere")  # where nothing can be written
+    assert made == "True"
