@@ -132,9 +132,10 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):
         assert compiling.library("attention") is None and not native.attends(torch.float32)
         of = tensors(1, 2, 20, 30, 40, torch.float32)
         assert torch.equal(ChosenAttention()(*of), attention(*of))
-        compiling.library.cache_clear()
-        monkeypatch.setenv("CC", "false")  # one that fails
-        assert compiling.library("attention") is None
+        for command in ("false", "'", "cat"):  # that fail, that is no command, that does something else
+            compiling.library.cache_clear()
+            monkeypatch.setenv("CC", command)
+            assert compiling.library("attention") is None
     finally:
         compiling.library.cache_clear()
 

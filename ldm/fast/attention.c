@@ -83,7 +83,7 @@ INLINE vector larger(vector a, vector b) { /* b where either is NaN */
     return (vector)((more & (integers)a) | (~more & (integers)b));
 }
 
-/* 2^x for x <= 0, to 8e-8 of itself; NaN of NaN. x = n + f, |f| <= 1/2, and the polynomial is the one of degree 6 with the least
+/* 2^x for x <= 0, to 8e-8 of itself; NaN of NaN. x = n + f, |f| <= 1/2, and the polynomial is that of degree 6 with the least
    relative error there, 1.9e-9 before rounding. */
 INLINE vector power(vector x) {
     const float magic = 12582912.0f + 127.0f; /* with 1.5 * 2^23 added, a number's last bits are the nearest integer */
@@ -183,8 +183,9 @@ INLINE void score(int pairs, int64_t count, int64_t steps, const float *keys, co
     }
 }
 
-/* Scores of `count` keys -> 2^(scale score - offset), in their place, pairs of them in the first half of it. offset, totals: the
-   largest scale score, and the sum, of what came before, and now of this too. Returns what all before must be multiplied by. */
+/* Scores of `count` keys -> 2^(scale score - offset), in their place; pairs of them, in the first half of it. offset, totals:
+   the largest scale score, and the sum, of what came before, and now of this too. Returns what all before is to be multiplied
+   by. */
 INLINE vector exponentials(int pairs, int64_t count, float scale, vector *scores, vector *offset, vector *totals) {
     vector most = (vector){} - INFINITY, total = {};
     for (int64_t k = 0; k < count; k++) most = larger(scores[k * VECTORS], most);

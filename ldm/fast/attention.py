@@ -1,4 +1,5 @@
-"""Which kernel of scaled dot product attention is quickest for a shape: asked of the device, once for each.
+"""The quickest kernel of scaled dot product attention: on a CPU ours, where there is one (`native.py`); on a GPU that of
+torch's which is quickest for a shape, asked of the device, once for each.
 
 torch chooses by rules that do not know the device. (4096, 40), (1024, 80), (256, 160) and 77 keys, the shapes of Stable
 Diffusion v1, have each another best kernel, and another on another device.
@@ -24,10 +25,11 @@ class ChosenAttention:
         self.chosen: dict[tuple, SDPBackend | None] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.choose and native.attends(query.dtype) and native.takes(query, key, value):
-            return native.attention(query, key, value)
-        if not self.choose or not query.is_cuda:
+        if not self.choose:
             return attention(query, key, value)
+        if not query.is_cuda:
+            ours = native.attends(query.dtype) and native.takes(query, key, value)
+            return (native.attention if ours else attention)(query, key, value)
         shape = (query.shape, key.shape, query.stride(), key.stride(), query.dtype)
         if shape not in self.chosen:
             if torch.cuda.is_current_stream_capturing():  # nothing can be timed now

@@ -26,13 +26,13 @@ SECONDS = 60  # for a compiler to be done
 def library(name: str) -> ctypes.CDLL | None:
     """`name`.c of this folder, compiled and loaded; None where that cannot be."""
     source = Path(__file__).with_name(f"{name}.c")
-    asked = shlex.split(os.environ.get("CC", ""))
-    for compiler in [asked] if asked else [[known] for known in COMPILERS]:
-        if shutil.which(compiler[0]) is None:
-            continue
+    asked = os.environ.get("CC", "").strip()
+    for command in [asked] if asked else COMPILERS:
         try:
-            return _loaded(source, compiler)
-        except (OSError, subprocess.SubprocessError):  # it cannot write, compile, or what it made cannot be loaded
+            compiler = shlex.split(command)
+            if shutil.which(compiler[0]):
+                return _loaded(source, compiler)
+        except (OSError, ValueError, subprocess.SubprocessError):  # no command, not compiled, or not to be loaded
             continue
     return None
 
@@ -70,8 +70,7 @@ def _folder() -> Path | None:
 
 
 def _key(source: Path, compiler: list[str]) -> str:
-    version = _run(*compiler, "--version").splitlines()[0]
-    what = (source.read_text(encoding="utf-8"), *FLAGS, *compiler, version, _processor())
+    what = (source.read_text(encoding="utf-8"), *FLAGS, *compiler, _run(*compiler, "--version"), _processor())
     return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
 
 

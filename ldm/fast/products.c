@@ -17,10 +17,11 @@ enum { LANES = 8, VECTORS = 2 };
 enum { ROWS = 6, COLUMNS = LANES * VECTORS, DEPTH = 128 };
 
 typedef float vector __attribute__((vector_size(LANES * 4)));
+typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias)); /* wherever a number may be */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* sums = rows of a (ROWS pointers' worth, k apart) times a block [DEPTH][COLUMNS]. */
+/* sums[r] += a[r] times the block [depth][COLUMNS]. */
 INLINE void tile(int64_t depth, const float *const a[ROWS], const vector *block, vector sums[ROWS][VECTORS]) {
     for (int64_t i = 0; i < depth; i++, block += VECTORS)
 #pragma GCC unroll 8
@@ -31,6 +32,14 @@ INLINE void tile(int64_t depth, const float *const a[ROWS], const vector *block,
         }
 }
 
+/* A row of sums -> `width` numbers, or added to them. */
+INLINE void store(const vector sums[VECTORS], int64_t width, int add, float *to) {
+    if (width == COLUMNS)
+        for (int v = 0; v < VECTORS; v++) ((loose *)to)[v] = (loose)(add ? (vector)((loose *)to)[v] + sums[v] : sums[v]);
+    else
+        for (int64_t i = 0; i < width; i++) to[i] = (add ? to[i] : 0.0f) + sums[i / LANES][i % LANES];
+}
+
 /* Rows first to last of one product. */
 static void multiply(const float *a, const float *b, float *out, int64_t first, int64_t last, int64_t k, int64_t columns) {
     vector block[DEPTH * VECTORS];
@@ -39,25 +48,16 @@ static void multiply(const float *a, const float *b, float *out, int64_t first, 
         for (int64_t start = 0; start < k; start += DEPTH) {
             int64_t depth = k - start < DEPTH ? k - start : DEPTH;
             if (width < COLUMNS) memset(block, 0, sizeof block);
-            for (int64_t i = 0; i < depth; i++) memcpy((float *)block + i * COLUMNS, b + (start + i) * columns + column, width * 4);
+            for (int64_t i = 0; i < depth; i++)
+                memcpy((float *)block + i * COLUMNS, b + (start + i) * columns + column, width * 4);
             for (int64_t row = first; row < last; row += ROWS) {
                 int64_t count = last - row < ROWS ? last - row : ROWS;
                 const float *rows[ROWS];
                 for (int r = 0; r < ROWS; r++) rows[r] = a + (row + (r < count ? r : 0)) * k + start;
                 vector sums[ROWS][VECTORS] = {};
                 tile(depth, rows, block, sums);
-                for (int r = 0; r < ROWS; r++) {
-                    float *to = out + (row + r) * columns + column;
-                    if (r >= count) continue;
-                    for (int v = 0; v < VECTORS; v++) {
-                        int64_t left = width - v * LANES;
-                        if (left <= 0) continue;
-                        vector old = {};
-                        if (start) memcpy(&old, to + v * LANES, left < LANES ? left * 4 : sizeof old);
-                        old += sums[r][v];
-                        memcpy(to + v * LANES, &old, left < LANES ? left * 4 : sizeof old);
-                    }
-                }
+                for (int r = 0; r < ROWS; r++)
+                    if (r < count) store(sums[r], width, start > 0, out + (row + r) * columns + column);
             }
         }
     }
