@@ -223,7 +223,7 @@ def test_a_receipt_tells_of_it_and_has_the_model_s_own_fingerprint():
     fast = accelerate(model)
     made, plain = (ldm.txt2img(one, PROMPT, steps=2, seed=3).receipts[0] for one in (fast, model))
     assert made["model"] == plain["model"]
-    told = {"winograd": "large", "kernels": native.attends(torch.float32), "graph": False}
+    told = {"winograd": "auto", "kernels": native.attends(torch.float32), "graph": False}
     assert made["acceleration"] == told and "acceleration" not in plain
     assert ldm.replay(fast, made).same
     assert any("acceleration" in change for change in ldm.replay(model, made).changes)
@@ -238,7 +238,7 @@ def test_what_cannot_be_accelerated_is_refused_in_one_line():
         accelerate(model.unet)
     with pytest.raises(ValueError, match=r"dtype torch\.int8; expected one of"):
         accelerate(model, dtype=torch.int8)
-    with pytest.raises(ValueError, match="winograd 'yes'; expected large, all or none"):
+    with pytest.raises(ValueError, match="winograd 'yes'; expected auto, all or none"):
         accelerate(model, winograd="yes")
     with pytest.raises(ValueError, match="side 100; expected a multiple of"):
         accelerate(model, side=100)

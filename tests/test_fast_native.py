@@ -1,5 +1,6 @@
 """The kernels in C of `ldm.fast`: what they compute, that they round no worse than torch's, and what is done without them."""
 
+import functools
 import math
 import shutil
 import subprocess
@@ -7,16 +8,16 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.fast import compiling, native
+from ldm.fast import compiling, native, winograd
 from ldm.fast.attention import ChosenAttention
 from ldm.fast.plan import Plan
-from ldm.fast.winograd import Winograd
 from ldm.models.attention import attention, softmax_attention
+from tests import seeded
 
 compiled = pytest.mark.skipif(compiling.library("attention") is None, reason="no C compiler, or no AVX2")
-multiplied = pytest.mark.skipif(compiling.library("products") is None, reason="no C compiler, or no AVX-512")
 
 
 def tensors(b: int, h: int, n: int, m: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,31 +100,41 @@ def test_attention_is_computed_in_c_where_it_can_be_and_by_torch_elsewhere(monke
     assert calls == [torch.float32]
 
 
-@multiplied
+@compiled
 @pytest.mark.parametrize(
-    "shape", [(36, 100, 320, 320), (2, 13, 300, 70), (1, 1, 1, 1), (3, 6, 128, 64), (37, 5, 129, 65)], ids=str
+    ("b", "c", "o", "size"),
+    [(2, 320, 64, (16, 16)), (1, 16, 128, (1, 1)), (3, 144, 64, (21, 18)), (1, 48, 192, (4, 70)), (2, 128, 64, (5, 100))],
+    ids=str,
 )
-def test_products_in_c_are_as_exact_as_torch_s(shape):
-    n, rows, k, columns = shape
-    random = torch.Generator().manual_seed(k)
-    a, b = torch.randn(n, rows, k, generator=random), torch.randn(n, k, columns, generator=random)
-    truth = a.double() @ b.double()
-    ours, theirs = (((made - truth).norm() / truth.norm()).item() for made in (native.products(a, b), torch.bmm(a, b)))
-    assert ours < max(1.5 * theirs, 1e-7)
-    strided = native.products(a.mT.contiguous().mT, b[:, :, ::2])
-    torch.testing.assert_close(strided, native.products(a, b[:, :, ::2].contiguous()), rtol=0, atol=0)
-
-
-@multiplied
-def test_winograd_s_products_in_c(monkeypatch):
-    monkeypatch.setattr(native, "_of_intel", lambda: False)
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(32, 48, 3, padding=1)
-    x = torch.randn(2, 32, 21, 18).contiguous(memory_format=torch.channels_last)
-    quick = Winograd(conv, Plan(dtype=torch.float32))
-    assert quick.multiply is native.products
+@pytest.mark.parametrize("block", [1, 1 << 14, 1 << 30])
+def test_convolutions_in_c_are_as_exact_as_torch_s(monkeypatch, b, c, o, size, block):
+    """Blocks are of 96 tiles of 4x4 pixels, 128 channels, 64 outputs; maps come in bands."""
+    monkeypatch.setattr(winograd, "BLOCK", block)
+    conv, of = seeded.fill(torch.nn.Conv2d(c, o, 3, padding=1)), Plan(dtype=torch.float32)
+    quick, bias = winograd.Winograd(conv, of), seeded.tensor("bias", o)
+    assert quick.native
+    x = seeded.tensor("x", b, c, *size).contiguous(memory_format=torch.channels_last)
+    wide = F.interpolate(x, scale_factor=2, mode="nearest")
     with torch.no_grad():
-        torch.testing.assert_close(quick(x), conv(x), rtol=1e-4, atol=1e-5)
+        for given, made in ((x, quick(x)), (wide, quick(x, scale=2))):
+            exact = F.conv2d(given.double(), conv.weight.double(), conv.bias.double(), padding=1)
+            assert made.shape == exact.shape
+            assert (made - exact).norm() < max(1.5 * (conv(given) - exact).norm(), 1e-6 * exact.norm())
+        torch.testing.assert_close(quick(x, bias), quick(x) + (bias - conv.bias)[:, None, None], rtol=1e-4, atol=1e-5)
+        doubled = quick(x, write=lambda part, out: torch.mul(part, 2, out=out))
+        torch.testing.assert_close(doubled, quick(2 * x), rtol=0, atol=0)
+        x[0, 1, 0, 0] = math.nan
+        assert conv(x).isnan().any() and quick(x)[conv(x).isnan()].isnan().all()
+
+
+@compiled
+def test_convolutions_that_the_kernel_in_c_cannot_do_are_torch_s():
+    conv = functools.partial(torch.nn.Conv2d, kernel_size=3, padding=1)
+    assert native.convolves(conv(32, 64), torch.float32)
+    for other in (conv(8, 64), conv(32, 48), conv(32, 64, stride=2), conv(32, 64, dilation=2), conv(32, 64, groups=2)):
+        assert not native.convolves(other, torch.float32)
+    assert not native.convolves(torch.nn.Conv2d(32, 64, 1), torch.float32)
+    assert not any(native.convolves(conv(32, 64), dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16))
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):

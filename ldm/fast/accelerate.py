@@ -30,7 +30,7 @@ def accelerate(
     *,
     dtype: torch.dtype | None = None,
     side: int | None = None,
-    winograd: str = "large",
+    winograd: str = "auto",
     keep_pages: bool = True,
     kernels: bool = True,
     graph: bool = True,
@@ -39,7 +39,7 @@ def accelerate(
 
     dtype: of the weights and of what is computed; the model's own where left out.
     side: of the pictures it should be quickest for, in pixels; the size the model was trained at where left out.
-    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "large" maps, on "all" where it is
+    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "auto" maps, on "all" where it is
         quicker, which takes twice the memory, or on "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape; on a
@@ -59,8 +59,8 @@ def accelerate(
     if side is not None and (side < factor or side % factor):
         raise ValueError(f"side {side}; expected a multiple of {factor}")
     on_cpu, on_cuda = weight.device.type == "cpu", weight.device.type == "cuda"
-    if winograd not in ("large", "all", "none"):
-        raise ValueError(f"winograd {winograd!r}; expected large, all or none")
+    if winograd not in ("auto", "all", "none"):
+        raise ValueError(f"winograd {winograd!r}; expected auto, all or none")
     told = {
         "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
         "kernels": kernels and (on_cuda or (on_cpu and native.attends(dtype))),

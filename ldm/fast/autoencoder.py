@@ -89,8 +89,8 @@ class Decoder(nn.Module):
         levels = [(level.residual, side * 2**i) for i, level in enumerate(decoder.up)]
         up = [[Residual(block, plan, side**2) for block in blocks] for blocks, side in levels]
         self.up = nn.ModuleList(map(nn.ModuleList, up))
-        upsamples = [level.upsample for level in decoder.up if level.upsample is not None]
-        self.upsample = nn.ModuleList(Upsampling(conv, plan.dtype) for conv in upsamples)
+        upsamples = [(level.upsample, side * 2**i) for i, level in enumerate(decoder.up) if level.upsample is not None]
+        self.upsample = nn.ModuleList(Upsampling(conv, plan, (2 * side) ** 2) for conv, side in upsamples)
         self.conv_out = Normalised(decoder.norm_out, decoder.conv_out, plan, levels[-1][1] ** 2)
 
     def forward(self, latents: Tensor) -> Tensor:

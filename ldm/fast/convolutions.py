@@ -7,18 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast import packing
+from ldm.fast import native, packing
 from ldm.fast.maps import padded
 from ldm.fast.memory import converted, let_go
 from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
 
-# Where Winograd's transforms cost less than what they save: not with fewer channels, of fewer pixels, or of less work.
+# Where Winograd's transforms cost less than what they save. In C: of so many pixels.
+WINOGRAD_IN_C = 256
+# In torch: not with fewer channels, of fewer pixels, or of less work.
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
 WINOGRAD_FLOPS = 4e9
-# Its kernels are four times the layer's, and what they save for each of their bytes grows with the pixels: of at least so many
+# Its kernels are four times the layer's there, and what they save for each of their bytes grows with the pixels: of at least so many
 # they can be made anew at every call; to have them of any number they must be kept, for as much again as the weights.
 WINOGRAD_LARGE = 8192
 BANDED = 16 << 20  # elements of the smallest map that is normalised by bands
@@ -29,16 +31,19 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     """The quickest way to compute `conv`, a 3x3 convolution, on the device where it is.
 
     pixels: about how many it will be of at a time, those of all samples together.
-    plan.winograd: of "large" maps, of "all" where it is quicker, or "none". What is returned is called with (x, bias): a bias
-    (o,) in place of the layer's own, or None for that.
+    plan.winograd: "auto" where it is quicker and takes no more memory, "all" where it is quicker, or "none". What is returned is
+    called with (x, bias): a bias (o,) in place of the layer's own, or None for that.
     """
-    dtype, winograd = plan.dtype, plan.winograd
-    pairs, plain = conv.in_channels * conv.out_channels, conv.stride == (1, 1) and conv.padding == (1, 1)
-    multiplied = conv.weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)  # and not by a matrix engine
-    least = {"large": max(WINOGRAD_LARGE, WINOGRAD_PIXELS), "all": WINOGRAD_PIXELS, "none": float("inf")}[winograd]
-    pays = pixels >= least and 18 * pairs * pixels >= WINOGRAD_FLOPS
-    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
-    return Winograd(conv, plan) if plain and multiplied and pays and wide else Direct(conv, dtype)
+    multiplied = conv.weight.device.type == "cpu" and plan.dtype in (torch.float32, torch.float64)  # and not by a matrix engine
+    if plan.winograd == "none" or not multiplied or conv.stride != (1, 1) or conv.padding != (1, 1):
+        return Direct(conv, plan.dtype)
+    if plan.kernels and native.convolves(conv, plan.dtype):
+        pays = pixels >= WINOGRAD_IN_C
+    else:
+        enough = pixels >= max(WINOGRAD_PIXELS, WINOGRAD_LARGE if plan.winograd == "auto" else 0)
+        work, narrowest = 18 * conv.in_channels * conv.out_channels * pixels, min(conv.in_channels, conv.out_channels)
+        pays = enough and work >= WINOGRAD_FLOPS and narrowest >= WINOGRAD_CHANNELS
+    return Winograd(conv, plan) if pays else Direct(conv, plan.dtype)
 
 
 class Direct(nn.Module):
@@ -99,7 +104,8 @@ class Normalised(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Nearest upsampling to twice the size, then the 3x3 convolution `conv`: one transposed convolution, 4x4, stride 2.
+    """Nearest upsampling to twice the size, then the 3x3 convolution `conv`: Winograd's, whose tiles read each pixel four times, or
+    one transposed convolution, 4x4, stride 2.
 
     Of the nine pixels under the kernel, only four differ. With the taps on equal pixels summed beforehand, four
     multiplications of nine remain. Exact but for rounding.
@@ -108,27 +114,37 @@ class Upsampling(nn.Module):
     # Which of the three taps of one axis each of the four is the sum of.
     TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+    def __init__(self, conv: nn.Conv2d, plan: Plan, pixels: int):
+        """pixels: of the upsampled maps."""
         super().__init__()
-        taps = torch.tensor(self.TAPS, dtype=torch.float64, device=conv.weight.device)
+        self.bias, self.packed = conv.bias.detach().to(plan.dtype), False
+        self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
+        quick = convolution(conv, plan, pixels)
+        self.winograd = quick if isinstance(quick, Winograd) and quick.native else None
+        self.weight = None if self.winograd else self._summed(conv.weight, plan.dtype)
+        let_go(conv.weight)
+
+    def _summed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """(o, c, 3, 3) -> (c, o, 4, 4), channels_last."""
+        taps = torch.tensor(self.TAPS, dtype=torch.float64, device=weight.device)
         both_axes = torch.einsum("ak, bl -> abkl", taps, taps).reshape(16, 9)
-        kernels = conv.weight.detach().permute(1, 0, 2, 3).flatten(2)  # (in, out, 9)
+        kernels = weight.detach().permute(1, 0, 2, 3).flatten(2)  # (in, out, 9)
         made = kernels.new_empty(*kernels.shape[:2], 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
         for some, out in zip(kernels, made, strict=True):  # an input channel at a time, since float64 takes room
             out.copy_((some.double() @ both_axes.T).view_as(out))
-        self.weight, self.packed = made, False
-        self.bias = conv.bias.detach().to(dtype)
-        self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
-        let_go(conv.weight)
+        return made
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """size: (h', w') of the output, 2h or 2h - 1 and the same in width; 2h and 2w where left out."""
         h, w = x.shape[-2:]
-        if size is None or tuple(size) == (2 * h, 2 * w):
-            if not self.packed and packing.possible(self.weight, self.bias.dtype):
-                self.weight, self.packed = packing.transposed(self.weight, x.shape), True
-            if self.packed:
-                return packing.convolve_transposed(x, self.weight, self.bias)
-            return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
-        (weight,) = self.reference  # at an odd edge the last pixel has a neighbour less
-        return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight.detach().to(self.bias.dtype), self.bias, padding=1)
+        if size is not None and tuple(size) != (2 * h, 2 * w):
+            (weight,) = self.reference  # at an odd edge the last pixel has a neighbour less
+            larger = F.interpolate(x, size=size, mode="nearest")
+            return F.conv2d(larger, weight.detach().to(self.bias.dtype), self.bias, padding=1)
+        if self.winograd is not None:
+            return self.winograd(x, scale=2)
+        if not self.packed and packing.possible(self.weight, self.bias.dtype):
+            self.weight, self.packed = packing.transposed(self.weight, x.shape), True
+        if self.packed:
+            return packing.convolve_transposed(x, self.weight, self.bias)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)

@@ -24,6 +24,7 @@ from ldm.fast.plan import Plan
 from ldm.models import unet as reference
 from ldm.models.unet_blocks import FeedForward, KeysValues, ResidualBlock, SpatialTransformer, TransformerBlock
 
+TIMES = 128  # whose projections are kept: pictures after the first ask for the same
 PART = 1 << 21  # elements of the feed-forward layer's inside at a time on a CPU: what stays in its caches
 
 
@@ -103,7 +104,7 @@ class Block(nn.Module):
         self.residual = None if block.residual is None else Residual(block.residual, plan, pixels)
         self.attention = None if block.attention is None else Transformer(block.attention, plan)
         self.downsample = None if block.downsample is None else convolution(block.downsample, plan, pixels)
-        self.upsample = None if block.upsample is None else Upsampling(block.upsample, plan.dtype)
+        self.upsample = None if block.upsample is None else Upsampling(block.upsample, plan, 4 * pixels)
 
     def forward(self, x: Tensor, times, contexts, size: torch.Size | None = None) -> Tensor:
         if self.residual is not None:
@@ -129,6 +130,7 @@ class FastUNet(nn.Module):
             unet.time_embedding if unet.conv_in.weight.dtype == dtype else deepcopy(unet.time_embedding).to(dtype)
         )
         self.time_projection = Linear(*(block.time_projection for block in blocks), dtype=plan.dtype)
+        self.times: dict[tuple[float, ...], list[Tensor]] = {}
         self.time_widths = [block.time_projection.out_features for block in blocks]
         crosses = [module.cross_attention for module in unet.modules() if isinstance(module, TransformerBlock)]
         self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=plan.dtype) for cross in crosses)
@@ -149,9 +151,19 @@ class FastUNet(nn.Module):
         return self.denoise(x, self.embed_time(t), self.project_context(context))
 
     def embed_time(self, t: Tensor | float) -> list[Tensor]:
-        """Every residual block's time projection, (1, c) or (b, c) each."""
-        precise = torch.as_tensor(t, dtype=torch.float64, device=self.conv_in.bias.device).reshape(-1)
-        projected = self.time_projection(F.silu(self.time_embedding(precise)))
+        """Every residual block's time projection, (1, c) or (b, c) each; those of the last times are kept."""
+        precise = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        if precise.device.type != "cpu":  # whose value is not asked for
+            return self._embedded(precise)
+        key = tuple(precise.tolist())
+        if key not in self.times:
+            while len(self.times) >= TIMES:
+                del self.times[next(iter(self.times))]
+            self.times[key] = self._embedded(precise.to(self.conv_in.bias.device))
+        return self.times[key]
+
+    def _embedded(self, t: Tensor) -> list[Tensor]:
+        projected = self.time_projection(F.silu(self.time_embedding(t)))
         return list(projected.split(self.time_widths, dim=-1))
 
     def project_context(self, context: Tensor) -> list[KeysValues]:

@@ -24,6 +24,7 @@ from ldm.fast.plan import Plan
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
 BLOCK = 4 << 20  # elements of transformed input at a time: what stays in the last level of cache between two passes
+WHOLE = 4 << 20  # elements of the largest map whose norm is computed before, rather than by bands
 PART = 1 << 14  # pairs of channels whose kernels are transformed at a time
 
 
@@ -73,34 +74,43 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
 
 
 class Winograd(nn.Module):
-    """The 3x3 convolution of `conv`, stride 1, padding 1.
+    """The 3x3 convolution of `conv`, stride 1, padding 1: in C (`winograd.c`) where that can be, else in torch.
 
-    Its kernel is four times the layer's own. Of large maps it is made anew at every call, which takes a hundredth of the time;
-    of "all", it is kept.
+    In torch its kernel is four times the layer's own. Of large maps it is made anew at every call, which takes a hundredth of the
+    time; of "all", it is kept.
     """
 
     def __init__(self, conv: nn.Conv2d, plan: Plan):
         super().__init__()
-        taps = conv.weight.detach().to(plan.dtype).permute(2, 3, 1, 0).flatten(0, 1).contiguous()  # (9, c, o)
-        self.kernel, self.taps = (transform_kernel(taps), None) if plan.winograd == "all" else (None, taps)
+        self.native = plan.kernels and native.convolves(conv, plan.dtype)
+        taps = conv.weight.detach().to(plan.dtype).permute(2, 3, 1, 0).flatten(0, 1)  # (9, c, o)
+        self.taps = native.kernels(taps) if self.native else taps.contiguous()
+        self.kernel = None
+        if plan.winograd == "all" and not self.native:
+            self.kernel, self.taps = transform_kernel(self.taps), None
         self.bias = conv.bias.detach().to(plan.dtype)
-        self.multiply = native.products if plan.kernels and native.multiplies(plan.dtype) else torch.bmm
         let_go(conv.weight)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, write: Write = copy) -> Tensor:
-        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own. write: what is done with x beforehand."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, write: Write = copy, scale: int = 1) -> Tensor:
+        """x (b, c, h, w) -> (b, o, scale h, scale w). bias: (o,) in place of the layer's own. write: what is done with x beforehand.
+        scale: 2, in C alone, for nearest upsampling beforehand."""
         b, c, h, w = x.shape
-        tall, wide = -(-h // OUT), -(-w // OUT)  # tiles
-        y = x.new_empty(b, tall * OUT, wide * OUT, self.bias.shape[0])
-        kernel = transform_kernel(self.taps) if self.kernel is None else self.kernel
+        bias = self.bias if bias is None else bias
+        tall, wide = -(-scale * h // OUT), -(-scale * w // OUT)  # tiles
+        y = x.new_empty(b, tall * OUT, wide * OUT, len(bias))
+        kernel = self.kernel if self.native or self.kernel is not None else transform_kernel(self.taps)
         rows = max(1, min(tall, BLOCK // (TILE * TILE * b * wide * c)))
-        pixels = x.permute(0, 2, 3, 1)
+        pixels, step = x.permute(0, 2, 3, 1), OUT // scale
         for top in range(0, tall, rows):
             count = min(rows, tall - top)
+            band = padded(pixels, step * top - 1, step * count + 2, -1, step * wide + 2, write)
             part = y[:, OUT * top : OUT * (top + count)]
-            self._block(padded(pixels, OUT * top - 1, OUT * count + 2, -1, OUT * wide + 2, write), kernel, part)
-            part += self.bias if bias is None else bias
-        return y[:, :h, :w].permute(0, 3, 1, 2)
+            if self.native:
+                native.winograd(band, self.taps, bias, part, scale)
+            else:
+                self._block(band, kernel, part)
+                part += bias
+        return y[:, : scale * h, : scale * w].permute(0, 3, 1, 2)
 
     def _block(self, d: Tensor, kernel: Tensor, y: Tensor) -> None:
         """d (b, 4 rows + 2, 4 columns + 2, c), kernel (36, c, o) -> y (b, 4 rows, 4 columns, o)."""
@@ -113,7 +123,7 @@ class Winograd(nn.Module):
         scratch = d.new_empty(2, TILE, b, rows, columns, c)
         taps = [half[:, :, :, j : j + OUT * (columns - 1) + 1 : OUT] for j in range(TILE)]
         transform_inputs(taps, whole.transpose(0, 1), *scratch)
-        products = self.multiply(whole.view(TILE * TILE, -1, c), kernel).view(TILE, TILE, b, rows, columns, o)
+        products = torch.bmm(whole.view(TILE * TILE, -1, c), kernel).view(TILE, TILE, b, rows, columns, o)
         half = d.new_empty(OUT, TILE, b, rows, columns, o)
         transform_outputs(products, list(half))
         tiles = y.view(b, rows, OUT, columns, OUT, o)
