@@ -20,7 +20,7 @@ T = 500.0
 class Ldm:
     """Ours, as it is read."""
 
-    options: dict | None = None
+    accelerated = False
 
     def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
         import torch
@@ -31,13 +31,13 @@ class Ldm:
         self.folder = folder
 
     def load(self) -> None:
-        if self.options is None:
+        if not self.accelerated:
             self.model = self._loaded(self.dtype)
             return
         import ldm.fast
 
         loaded = self._loaded(self.torch.float32)  # mapped from the file, and converted once
-        self.model = ldm.fast.accelerate(loaded, dtype=self.dtype, **self.options)
+        self.model = ldm.fast.accelerate(loaded, dtype=self.dtype)
 
     def _loaded(self, dtype):
         """Without its safety checker, which nobody here is asked for."""
@@ -78,13 +78,7 @@ class Ldm:
 class LdmFast(Ldm):
     """Ours, accelerated."""
 
-    options: dict = {}  # noqa: RUF012
-
-
-class LdmFastAll(Ldm):
-    """Ours, accelerated with all the memory that it has a use for."""
-
-    options = {"winograd": "all"}  # noqa: RUF012
+    accelerated = True
 
 
 class Diffusers:
@@ -229,7 +223,6 @@ class OpenVINO(Diffusers):
 CONTENDERS = {
     "ldm, as it is read": Ldm,
     "ldm, accelerated": LdmFast,
-    "ldm, accelerated, winograd all": LdmFastAll,
     "diffusers": Diffusers,
     "diffusers, channels_last": DiffusersChannelsLast,
     "diffusers, channels_last, keeping pages": DiffusersKeepingPages,

@@ -119,7 +119,7 @@ def test_convolutions_in_c_are_as_exact_as_torch_s(monkeypatch, b, c, o, size, b
         for given, made in ((x, quick(x)), (wide, quick(x, scale=2))):
             exact = F.conv2d(given.double(), conv.weight.double(), conv.bias.double(), padding=1)
             assert made.shape == exact.shape
-            assert (made - exact).norm() < max(1.5 * (conv(given) - exact).norm(), 1e-6 * exact.norm())
+            assert (made - exact).norm() < 9e-7 * exact.norm()  # torch: 2e-7 to 9e-7, by processor and layout
         torch.testing.assert_close(quick(x, bias), quick(x) + (bias - conv.bias)[:, None, None], rtol=1e-4, atol=1e-5)
         doubled = quick(x, write=lambda part, out: torch.mul(part, 2, out=out))
         torch.testing.assert_close(doubled, quick(2 * x), rtol=0, atol=0)

@@ -39,11 +39,11 @@ def accelerate(
 
     dtype: of the weights and of what is computed; the model's own where left out.
     side: of the pictures it should be quickest for, in pixels; the size the model was trained at where left out.
-    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: on "auto" maps, on "all" where it is
-        quicker, which takes twice the memory, or on "none".
+    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: "auto" where that is quicker and takes no more
+        memory, "all" where it is quicker, which without a C compiler takes twice the memory, or "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape; on a
-        CPU, attention in C, and matrix products where they are the quicker, where there is a C compiler (`compiling.py`).
+        CPU, attention and float32 convolutions in C, where there is a compiler for it (`compiling.py`).
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     LoRAs are attached or merged beforehand. Raises ValueError, one line, for what is no model as loaded.
     """

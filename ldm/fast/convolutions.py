@@ -20,8 +20,8 @@ WINOGRAD_IN_C = 256
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
 WINOGRAD_FLOPS = 4e9
-# Its kernels are four times the layer's there, and what they save for each of their bytes grows with the pixels: of at least so many
-# they can be made anew at every call; to have them of any number they must be kept, for as much again as the weights.
+# Its kernels are four times the layer's there, and what they save for each of their bytes grows with the pixels: of at least so
+# many they can be made anew at every call; to have them of any number they must be kept, for as much again as the weights.
 WINOGRAD_LARGE = 8192
 BANDED = 16 << 20  # elements of the smallest map that is normalised by bands
 BAND = 4 << 20  # elements of a band
@@ -31,8 +31,8 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     """The quickest way to compute `conv`, a 3x3 convolution, on the device where it is.
 
     pixels: about how many it will be of at a time, those of all samples together.
-    plan.winograd: "auto" where it is quicker and takes no more memory, "all" where it is quicker, or "none". What is returned is
-    called with (x, bias): a bias (o,) in place of the layer's own, or None for that.
+    plan.winograd: "auto" where it is quicker and takes no more memory, "all" where it is quicker, or "none". What is returned
+    is called with (x, bias): a bias (o,) in place of the layer's own, or None for that.
     """
     multiplied = conv.weight.device.type == "cpu" and plan.dtype in (torch.float32, torch.float64)  # and not by a matrix engine
     if plan.winograd == "none" or not multiplied or conv.stride != (1, 1) or conv.padding != (1, 1):
@@ -104,11 +104,11 @@ class Normalised(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Nearest upsampling to twice the size, then the 3x3 convolution `conv`: Winograd's, whose tiles read each pixel four times, or
-    one transposed convolution, 4x4, stride 2.
+    """Nearest upsampling to twice the size, then the 3x3 convolution `conv`. Exact but for rounding.
 
-    Of the nine pixels under the kernel, only four differ. With the taps on equal pixels summed beforehand, four
-    multiplications of nine remain. Exact but for rounding.
+    Where Winograd's transform is in C, it reads each pixel as four. Elsewhere it is one transposed convolution, 4x4, stride 2: of
+    the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications of
+    nine remain.
     """
 
     # Which of the three taps of one axis each of the four is the sum of.

@@ -59,9 +59,9 @@ def kernels(taps: Tensor) -> Tensor:
 
 
 def winograd(pixels: Tensor, kernels: Tensor, bias: Tensor, out: Tensor, scale: int = 1) -> None:
-    """The convolution of pixels (b, h / scale + 2, w / scale + 2, c), contiguous, -> out (b, h, w, o), whose pixels are neighbours.
+    """The convolution of pixels (b, h / scale + 2, w / scale + 2, c), contiguous, -> out (b, h, w, o).
 
-    scale: 2 where each pixel inside the padding is to be four. h, w: multiples of 4.
+    scale: 2 where each pixel is to be four. h, w: multiples of 4. out: any part of a map whose pixels are neighbours in a row.
     """
     library, (b, h, w, o), c = compiling.library("winograd"), out.shape, pixels.shape[3]
     library.winograd_room.restype = ctypes.c_int64

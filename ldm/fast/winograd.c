@@ -22,7 +22,8 @@ enum {
     BLOCK = 64,                 /* output channels, in PANELS of COLUMNS */
     COLUMNS = LANES * VECTORS,
     PANELS = BLOCK / COLUMNS,
-    DEPTH = 128,                 /* input channels of a partial sum: the error grows with it, rather than with all */
+    DEPTH = 128,                /* input channels */
+    PARTIAL = 32,               /* of a partial sum: the error grows with it, rather than with all */
     TILES = 96,
     SKEW = 16,                  /* floats between planes, which would else fall on one another in the caches */
     PLANE = TILES * DEPTH + SKEW,
@@ -125,19 +126,22 @@ INLINE void transform_kernels(int row, int64_t depth, const float *kernels, floa
 
 /* `rows` tiles' sums of one panel, in place of what there is, or added to it. */
 INLINE void multiply(int rows, int64_t depth, const float *inputs, const float *kernels, float *results, int add) {
-    vector sums[ROWS][VECTORS] = {};
-    for (int64_t i = 0; i < depth; i++, kernels += COLUMNS)
+    for (int64_t start = 0; start < depth; start += PARTIAL, add = 1) {
+        int64_t end = start + PARTIAL < depth ? start + PARTIAL : depth;
+        vector sums[ROWS][VECTORS] = {};
+        for (int64_t i = start; i < end; i++, kernels += COLUMNS)
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            vector one = inputs[r * DEPTH + i] - (vector){};
+            for (int r = 0; r < rows; r++) {
+                vector one = inputs[r * DEPTH + i] - (vector){};
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += one * load(kernels + v * LANES);
-        }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) {
-            float *to = results + r * BLOCK + v * LANES;
-            store(to, add ? load(to) + sums[r][v] : sums[r][v]);
-        }
+                for (int v = 0; v < VECTORS; v++) sums[r][v] += one * load(kernels + v * LANES);
+            }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) {
+                float *to = results + r * BLOCK + v * LANES;
+                store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+            }
+    }
 }
 
 static void multiply_all(int64_t tiles, int64_t depth, const float *inputs, const float *kernels, float *results, int add) {

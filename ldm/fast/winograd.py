@@ -24,7 +24,6 @@ from ldm.fast.plan import Plan
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
 BLOCK = 4 << 20  # elements of transformed input at a time: what stays in the last level of cache between two passes
-WHOLE = 4 << 20  # elements of the largest map whose norm is computed before, rather than by bands
 PART = 1 << 14  # pairs of channels whose kernels are transformed at a time
 
 
@@ -76,8 +75,8 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
 class Winograd(nn.Module):
     """The 3x3 convolution of `conv`, stride 1, padding 1: in C (`winograd.c`) where that can be, else in torch.
 
-    In torch its kernel is four times the layer's own. Of large maps it is made anew at every call, which takes a hundredth of the
-    time; of "all", it is kept.
+    In torch its kernel is four times the layer's own. It is made anew at every call, which of large maps takes a hundredth of the
+    time; where plan.winograd is "all", it is kept.
     """
 
     def __init__(self, conv: nn.Conv2d, plan: Plan):
@@ -92,8 +91,11 @@ class Winograd(nn.Module):
         let_go(conv.weight)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, write: Write = copy, scale: int = 1) -> Tensor:
-        """x (b, c, h, w) -> (b, o, scale h, scale w). bias: (o,) in place of the layer's own. write: what is done with x beforehand.
-        scale: 2, in C alone, for nearest upsampling beforehand."""
+        """x (b, c, h, w) -> (b, o, scale h, scale w).
+
+        bias: (o,) in place of the layer's own. write: what is done with x beforehand. scale: 2, in C alone, for nearest
+        upsampling beforehand.
+        """
         b, c, h, w = x.shape
         bias = self.bias if bias is None else bias
         tall, wide = -(-scale * h // OUT), -(-scale * w // OUT)  # tiles
