@@ -9,8 +9,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 PROMPT = "a red cube on top of a blue sphere"
 SIDE = 512
@@ -20,7 +21,7 @@ T = 500.0
 class Ldm:
     """Ours, as it is read."""
 
-    accelerated = False
+    accelerated: Mapping | None = None  # what `accelerate` is told
 
     def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
         import torch
@@ -31,13 +32,13 @@ class Ldm:
         self.folder = folder
 
     def load(self) -> None:
-        if not self.accelerated:
+        if self.accelerated is None:
             self.model = self._loaded(self.dtype)
             return
         import ldm.fast
 
         loaded = self._loaded(self.torch.float32)  # mapped from the file, and converted once
-        self.model = ldm.fast.accelerate(loaded, dtype=self.dtype)
+        self.model = ldm.fast.accelerate(loaded, dtype=self.dtype, **self.accelerated)
 
     def _loaded(self, dtype):
         """Without its safety checker, which nobody here is asked for."""
@@ -78,7 +79,7 @@ class Ldm:
 class LdmFast(Ldm):
     """Ours, accelerated."""
 
-    accelerated = True
+    accelerated = MappingProxyType({})
 
 
 class Diffusers:

@@ -25,7 +25,7 @@ TFLOP = 1.607  # of a guided step of one picture
 class Rung(contenders.LdmFast):
     def __init__(self, options: dict, *given):
         super().__init__(*given)
-        self.options = options
+        self.accelerated = options
 
 
 class Compiled(contenders.Diffusers):
@@ -47,6 +47,7 @@ LADDER: dict[str, Callable] = {
     "ldm, rewritten": lambda *given: Rung({"kernels": False, "graph": False}, *given),
     "ldm, + Triton and chosen attention": lambda *given: Rung({"graph": False}, *given),
     "ldm, + graph": lambda *given: Rung({}, *given),
+    "ldm, rewritten, compiled, in a graph": lambda *given: Rung({"compile": True}, *given),
 }
 
 

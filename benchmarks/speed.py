@@ -16,6 +16,7 @@ convolution of the same type.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import plots
 from benchmarks.contenders import CONTENDERS
 from benchmarks.load import machine, make_model
 
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a picture (default 4)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, help="write the table and every run here, and the plot beside it")
+    parser.add_argument("--json", type=Path, help="write every run and the medians here, and the plot beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or make_model(Path(temporary))
@@ -78,13 +80,24 @@ def table(runs: dict[str, list[dict]], ceilings: list[dict]) -> str:
         cells = (f"{values[column]:>11.3f}" if column in values else f"{'-':>11}" for column in COLUMNS)
         failed = next((one["failed"] for one in runs[name] if "failed" in one), "")
         lines.append(f"{name:<42}" + "".join(cells) + (f"  failed: {failed}" if failed else ""))
-    rate = max((best.get("matmul", 0), best.get("convolution", 0)))
-    if rate:
-        floors = (f"{WORK[column] / rate:>11.3f}" if column in WORK else f"{'':>11}" for column in COLUMNS)
-        lines.append(f"{'floor, at ' + format(rate, '.2f') + ' TFLOP/s':<42}" + "".join(floors))
+    least = floors(ceilings)
+    if least:
+        cells = (f"{least[column]:>11.3f}" if column in least else f"{'':>11}" for column in COLUMNS)
+        lines.append(f"{'floor, at ' + format(rate(ceilings), '.2f') + ' TFLOP/s':<42}" + "".join(cells))
     lines.append("ceilings: " + ", ".join(f"{name} {value:.3f}" for name, value in best.items()))
     lines += ratios(found)
     return "\n".join(lines)
+
+
+def rate(ceilings: list[dict]) -> float:
+    """TFLOP/s at the machine's best."""
+    best = medians(ceilings)
+    return max(best.get("matmul", 0.0), best.get("convolution", 0.0))
+
+
+def floors(ceilings: list[dict]) -> dict[str, float]:
+    """Seconds for the arithmetic alone."""
+    return {name: work / rate(ceilings) for name, work in WORK.items()} if rate(ceilings) else {}
 
 
 def ratios(found: dict[str, dict[str, float]]) -> list[str]:
@@ -105,9 +118,11 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict]], ceilings: l
         return
     found = {"machine": machine(), "dtype": options.dtype, "steps": options.steps}
     found["medians"] = {name: medians(ones) for name, ones in runs.items() if ones}
-    found |= {"ceilings": medians(ceilings), "runs": runs}
+    found |= {"ceilings": medians(ceilings), "floors": floors(ceilings), "runs": runs}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plots.plot(found, options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

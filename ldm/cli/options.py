@@ -19,6 +19,7 @@ SETTINGS = (
     *("seed", "num_images", "batch_size", "tile", "prompt_syntax", "long_prompt", "clip_skip"),
     *("loras", "embeddings", "adapter_folder", "safety", "watermark"),
 )
+APPROXIMATIONS = ("cache_steps", "merge_tokens")
 
 
 def add_model(command: argparse.ArgumentParser, *, fast: bool = False) -> None:
@@ -35,7 +36,10 @@ def add_model(command: argparse.ArgumentParser, *, fast: bool = False) -> None:
     group.add_argument("--precision", choices=("full", "autocast"), help=argparse.SUPPRESS)
     if fast:
         group.add_argument("--fast", action="store_true", help="rewrite the model to be quicker; takes no LoRAs")
-    command.set_defaults(fast=False)
+        text = "with --fast, not exact: "
+        group.add_argument("--cache-steps", type=int, metavar="N", help=f"{text}the whole network at each Nth step only")
+        group.add_argument("--merge-tokens", type=float, metavar="SHARE", help=f"{text}attention to so many fewer, as 0.5")
+    command.set_defaults(fast=False, cache_steps=None, merge_tokens=None)
     group.add_argument("--weights", help="ema or raw, where a file holds both (default: ema where there is one)")
     group.add_argument("--variant", help="fp16 for a folder's half-precision files (default: the full ones where there are)")
     group.add_argument("--tokenizer", help="hf or openai: how prompts are cleaned (default hf)")
@@ -51,6 +55,9 @@ def load(args: argparse.Namespace) -> "Components":
     import ldm
     from ldm.checkpoint import BUNDLED
 
+    approximations = {name: getattr(args, name) for name in APPROXIMATIONS if getattr(args, name) is not None}
+    if approximations and not args.fast:
+        raise ValueError(f"--{next(iter(approximations)).replace('_', '-')} is for --fast; add that, or leave it out")
     source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
@@ -59,7 +66,7 @@ def load(args: argparse.Namespace) -> "Components":
         return components
     from ldm.fast import accelerate
 
-    return accelerate(components)
+    return accelerate(components, **approximations)
 
 
 def _best_device() -> str:

@@ -63,4 +63,8 @@ def _as_recorded(args: argparse.Namespace, receipt: dict[str, Any]) -> None:
         args.device = receipt.get("device")
     if args.tokenizer is None:
         args.tokenizer = receipt.get("tokenizer")
-    args.fast = args.fast or bool(receipt.get("acceleration"))
+    acceleration = receipt.get("acceleration") or {}
+    args.fast = args.fast or bool(acceleration)
+    for name in options.APPROXIMATIONS:
+        if getattr(args, name) is None:
+            setattr(args, name, acceleration.get(name))

@@ -106,9 +106,9 @@ class Normalised(nn.Module):
 class Upsampling(nn.Module):
     """Nearest upsampling to twice the size, then the 3x3 convolution `conv`. Exact but for rounding.
 
-    Where Winograd's transform is in C, it reads each pixel as four. Elsewhere it is one transposed convolution, 4x4, stride 2: of
-    the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications of
-    nine remain.
+    Where Winograd's transform is in C, it reads each pixel as four. Elsewhere it is one transposed convolution, 4x4, stride 2:
+    of the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications
+    of nine remain.
     """
 
     # Which of the three taps of one axis each of the four is the sum of.

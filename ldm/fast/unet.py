@@ -11,6 +11,8 @@ What is done otherwise, and exact but for rounding:
 - where both halves of guidance ask about one x, everything before the first look at the text is computed once.
 """
 
+import dataclasses
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 import torch
@@ -21,6 +23,7 @@ from ldm.fast.convolutions import Direct, Normalised, Upsampling, convolution
 from ldm.fast.linear import GatedLinear, Linear
 from ldm.fast.maps import as_many, map_of, same_norm, tokens_of
 from ldm.fast.plan import Plan
+from ldm.fast.token_merging import Merging
 from ldm.models import unet as reference
 from ldm.models.unet_blocks import FeedForward, KeysValues, ResidualBlock, SpatialTransformer, TransformerBlock
 
@@ -68,7 +71,7 @@ class Transformer(nn.Module):
     def __init__(self, block: SpatialTransformer, plan: Plan):
         super().__init__()
         inner: TransformerBlock = block.block
-        self.heads, self.attend = inner.self_attention.heads, plan.attend
+        self.heads, self.attend, self.merge_tokens = inner.self_attention.heads, plan.attend, plan.merge_tokens
         self.norm = same_norm(block.norm, plan.dtype)
         self.norms = nn.ModuleList(same_norm(norm, plan.dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
         own, other = inner.self_attention, inner.cross_attention
@@ -80,8 +83,11 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         tokens = self.proj_in(tokens_of(self.norm(x)))
-        query, key, value = map(self._split, self.query_key_value(self.norms[0](tokens)).chunk(3, dim=-1))
-        tokens = self.output(self._merge(self.attend(query, key, value))).add_(tokens)
+        normed = self.norms[0](tokens)
+        merging = Merging(normed, x.shape[2], self.merge_tokens) if self.merge_tokens else None
+        parts = self.query_key_value(normed if merging is None else merging.merge(normed)).chunk(3, dim=-1)
+        attended = self.output(self._merge(self.attend(*map(self._split, parts))))
+        tokens = (attended if merging is None else merging.unmerge(attended)).add_(tokens)
         count = len(keys_values[0])
         query = as_many(self._split(self.cross_query(self.norms[1](tokens))), count)
         attended = self.cross_output(self._merge(self.attend(query, *keys_values)))
@@ -136,14 +142,15 @@ class FastUNet(nn.Module):
         self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=plan.dtype) for cross in crosses)
         self.conv_in = Direct(unet.conv_in, plan.dtype, pack=False)  # whose weight tells device and type
         sizes = [2 * (side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]  # pixels, with guidance
+        plans = plan, dataclasses.replace(plan, merge_tokens=0.0)  # which is for the largest maps
         rows = reference.down_rows(unet.config), reference.up_rows(unet.config)
         down, up = (
-            [Block(block, plan, sizes[row.level]) for block, row in zip(blocks, of, strict=True)]
+            [Block(block, plans[row.level > 0], sizes[row.level]) for block, row in zip(blocks, of, strict=True)]
             for blocks, of in zip((unet.down, unet.up), rows, strict=True)
         )
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.residual_1 = Residual(unet.middle.residual_1, plan, sizes[-1])
-        self.attention = Transformer(unet.middle.attention, plan)
+        self.attention = Transformer(unet.middle.attention, dataclasses.replace(plan, merge_tokens=0.0))
         self.residual_2 = Residual(unet.middle.residual_2, plan, sizes[-1])
         self.conv_out = Normalised(unet.norm_out, unet.conv_out, plan, sizes[0])
 
@@ -175,15 +182,27 @@ class FastUNet(nn.Module):
     def denoise(self, x: Tensor, times: list[Tensor], contexts: list[KeysValues]) -> Tensor:
         """As the reference's, which see. x may be of fewer samples than the contexts: they then share it."""
         times, contexts, count = iter(times), iter(contexts), len(contexts[0][0])
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        skips = [x]
-        for block in self.down:
-            x = block(x, times, contexts)
-            skips.append(x)
+        skips = self.descend(x, self.down, times, contexts)
+        x = self.middle(skips[-1], times, contexts)
+        return self.conv_out(self.ascend(x, self.up, skips, count, times, contexts))
+
+    def descend(self, x: Tensor, blocks: Iterable[Block], times: Iterator, contexts: Iterator) -> list[Tensor]:
+        """What the first convolution and each of the blocks made."""
+        skips = [self.conv_in(x.contiguous(memory_format=torch.channels_last))]
+        for block in blocks:
+            skips.append(block(skips[-1], times, contexts))
+        return skips
+
+    def middle(self, x: Tensor, times: Iterator, contexts: Iterator) -> Tensor:
         x = self.residual_1(x, next(times))
         x = self.attention(x, next(contexts))
-        x = self.residual_2(x, next(times))
-        for block in self.up:
+        return self.residual_2(x, next(times))
+
+    def ascend(
+        self, x: Tensor, blocks: Iterable[Block], skips: list[Tensor], count: int, times: Iterator, contexts: Iterator
+    ) -> Tensor:
+        """Each of the blocks takes the last of the skips, for `count` samples."""
+        for block in blocks:
             x = torch.cat([x, as_many(skips.pop(), count)], dim=1)
             x = block(x, times, contexts, size=skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(x)
+        return x

@@ -75,8 +75,8 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
 class Winograd(nn.Module):
     """The 3x3 convolution of `conv`, stride 1, padding 1: in C (`winograd.c`) where that can be, else in torch.
 
-    In torch its kernel is four times the layer's own. It is made anew at every call, which of large maps takes a hundredth of the
-    time; where plan.winograd is "all", it is kept.
+    In torch its kernel is four times the layer's own. It is made anew at every call, which of large maps takes a hundredth of
+    the time; where plan.winograd is "all", it is kept.
     """
 
     def __init__(self, conv: nn.Conv2d, plan: Plan):
