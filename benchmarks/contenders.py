@@ -1,21 +1,17 @@
-"""The implementations that are timed beside each other, one a process: `benchmarks/speed.py` runs them.
+"""The implementations that are timed beside each other, one a process: `benchmarks/measure.py` times them.
 
-Every one loads the same diffusers folder and offers the same five things to time. `measure` prints one line of JSON.
+Every one loads the same diffusers folder and offers the same five things to time; None stands for what it does not offer.
 """
 
 import dataclasses
-import json
-import resource
-import statistics
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 PROMPT = "a red cube on top of a blue sphere"
 SIDE = 512
 T = 500.0
+CPP = "stable-diffusion.cpp"
 
 
 class Ldm:
@@ -221,6 +217,36 @@ class OpenVINO(Diffusers):
         return self.torch.from_numpy(self.decoder([self.x.float().numpy()])[0])
 
 
+class StableDiffusionCpp:
+    """stable-diffusion.cpp, from PyPI's stable-diffusion-cpp-python, which is built where it is installed.
+
+    It offers whole pictures, and tells how long their steps took. Types other than float32 are of its weights alone.
+    """
+
+    text = unet = decode = encode = None
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu"):
+        import stable_diffusion_cpp
+
+        self.library, self.file = stable_diffusion_cpp, folder.with_suffix(".safetensors")
+        self.type = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+        self.seconds: list[float] = []
+
+    def load(self) -> None:
+        self.model = self.library.StableDiffusion(
+            model_path=str(self.file), wtype=self.type, vae_decode_only=True, flash_attn=True, diffusion_flash_attn=True
+        )
+
+    def prepare(self) -> None:
+        pass
+
+    def picture(self, steps: int):
+        self.seconds = []
+        given = {"sample_steps": steps, "sample_method": "ddim_trailing", "cfg_scale": 7.5, "width": SIDE, "height": SIDE}
+        told = {"progress_callback": lambda step, steps, seconds: self.seconds.append(seconds)}
+        return self.model.generate_image(PROMPT, seed=1, **given, **told)[0]
+
+
 CONTENDERS = {
     "ldm, as it is read": Ldm,
     "ldm, accelerated": LdmFast,
@@ -229,47 +255,5 @@ CONTENDERS = {
     "diffusers, channels_last, keeping pages": DiffusersKeepingPages,
     "diffusers, compiled and frozen": DiffusersFrozen,
     "OpenVINO": OpenVINO,
+    CPP: StableDiffusionCpp,
 }
-
-
-def measure(name: str, folder: Path, dtype: str, steps: int, cases: list[str]) -> dict[str, float]:
-    """Seconds of everything in one process: the median of the calls after the first, which is `... first`."""
-    start = time.perf_counter()
-    contender = CONTENDERS[name](folder, dtype)
-    found = {"import": time.perf_counter() - start}
-    start = time.perf_counter()
-    contender.load()
-    found["load"] = time.perf_counter() - start
-    with contender.torch.no_grad():
-        contender.prepare()
-        for case in ("text", "unet", "decode", "encode"):
-            if case in cases:
-                found |= _timed(case, getattr(contender, case))
-        found["peak GB"] = _peak()
-        if "picture" in cases and contender.picture is not None:
-            contender.picture(1)
-            found |= _timed("picture", lambda: contender.picture(steps), first=False)
-            found["peak GB, with a picture"] = _peak()
-    return found
-
-
-def _timed(case: str, call: Callable[[], object], *, first: bool = True, budget: float = 6.0) -> dict[str, float]:
-    found, seconds = {}, []
-    if first:
-        start = time.perf_counter()
-        call()
-        found[f"{case} first"] = time.perf_counter() - start
-    while not seconds or (sum(seconds) < budget and len(seconds) < 20):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return {case: statistics.median(seconds), **found}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-if __name__ == "__main__":
-    name, folder, dtype, steps, cases = sys.argv[1:]
-    print(json.dumps(measure(name, Path(folder), dtype, int(steps), cases.split(","))))

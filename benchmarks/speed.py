@@ -1,6 +1,6 @@
 """How long things take on a CPU, beside the peers, in one run: Stable Diffusion v1's sizes, 512 x 512, guidance on.
 
-    pip install '.[test,reference]' openvino
+    pip install '.[test,reference]' openvino stable-diffusion-cpp-python      # the last two where they are wanted
     python -m benchmarks.speed [--dtype bfloat16] [--model FOLDER] [--rounds 3] [--only NAME ...] [--json FILE]
 
 Without --model a diffusers folder of seeded random weights is made first (5.5 GB, in a temporary folder, by diffusers). Every
@@ -25,8 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import weights_convert
 from benchmarks import plots
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, CPP
 from benchmarks.load import machine, make_model
 
 CASES = ("text", "unet", "decode", "encode", "picture")
@@ -41,22 +42,30 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of a picture (default 4)")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=installed(), metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, help="write every run and the medians here, and the plot beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or make_model(Path(temporary))
+        if CPP in options.only and not folder.with_suffix(".safetensors").exists():
+            weights_convert.write(weights_convert.read(folder), folder.with_suffix(".safetensors"), "compvis")
         runs, ceilings = {name: [] for name in options.only}, []
         for i in range(options.rounds):
             ceilings.append(run("-m", "benchmarks.ceilings", options.dtype))
             for name in options.only:
                 start = time.perf_counter()
                 arguments = (name, str(folder), options.dtype, str(options.steps), ",".join(options.cases))
-                runs[name].append(run("-m", "benchmarks.contenders", *arguments))
+                runs[name].append(run("-m", "benchmarks.measure", *arguments))
                 print(f"round {i + 1}: {name}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
                 report(options, runs, ceilings)
     print(table(runs, ceilings))
+
+
+def installed() -> list[str]:
+    """The implementations that can be timed here."""
+    packages = {"OpenVINO": "openvino", CPP: "stable_diffusion_cpp"}
+    return [name for name in CONTENDERS if importlib.util.find_spec(packages.get(name, "torch"))]
 
 
 def run(*arguments: str) -> dict[str, float]:
