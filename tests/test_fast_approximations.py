@@ -116,7 +116,7 @@ def test_pictures_are_near_the_exact_ones_the_same_again_and_their_receipts_say_
     model = ldm.load()
     exact = accelerate(model)
     fast = accelerate(model, cache_steps=2, merge_tokens=0.25)
-    fields = {"steps": 10, "seed": 3}
+    fields = {"steps": 20, "seed": 3}
     truth = ldm.txt2img(exact, PROMPT, **fields)
     first = ldm.txt2img(fast, PROMPT, **fields)
     ldm.txt2img(fast, "a green cone left of a purple cylinder", steps=3)
@@ -124,8 +124,8 @@ def test_pictures_are_near_the_exact_ones_the_same_again_and_their_receipts_say_
     assert torch.equal(first.latents, again.latents) and ldm.replay(fast, first.receipts[0]).same
     told = first.receipts[0]["acceleration"]
     assert (told["cache_steps"], told["merge_tokens"]) == (2, 0.25) and "cache_steps" not in truth.receipts[0]["acceleration"]
-    other = ldm.txt2img(exact, PROMPT, steps=10, seed=4)
-    assert 0 < relative_error(first.latents, truth.latents) < 0.5 * relative_error(other.latents, truth.latents)
+    other = ldm.txt2img(exact, PROMPT, steps=20, seed=4)
+    assert 0 < (first.latents - truth.latents).norm() < 0.3 * (other.latents - truth.latents).norm()
     assert images.difference(first.images[0], truth.images[0])[0] > 1
 
 

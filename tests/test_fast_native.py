@@ -128,13 +128,31 @@ def test_convolutions_in_c_are_as_exact_as_torch_s(monkeypatch, b, c, o, size, b
 
 
 @compiled
+@pytest.mark.parametrize(("c", "o", "size"), [(320, 64, (16, 16)), (16, 128, (3, 1)), (144, 192, (21, 18))], ids=str)
+def test_bfloat16_is_widened_computed_with_and_rounded_once(monkeypatch, c, o, size):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    conv = seeded.fill(torch.nn.Conv2d(c, o, 3, padding=1)).bfloat16()
+    quick = winograd.Winograd(conv, Plan(dtype=torch.bfloat16))
+    assert quick.native and quick.taps.dtype == torch.bfloat16
+    x = seeded.tensor("x", 2, c, *size).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for given, made in ((x, quick(x)), (F.interpolate(x, scale_factor=2, mode="nearest"), quick(x, scale=2))):
+            exact = F.conv2d(given.double(), conv.weight.double(), conv.bias.double(), padding=1)
+            rounded = exact.bfloat16()
+            assert made.dtype == torch.bfloat16 and (made == rounded).float().mean() > 0.99
+            assert (made.double() - exact).norm() < 1.001 * (rounded.double() - exact).norm()
+        x[0, 0, 0, 0], x[1, 1, 0, 0] = math.nan, math.inf
+        assert not quick(x)[:, :, 0, 0].isfinite().any()
+
+
+@compiled
 def test_convolutions_that_the_kernel_in_c_cannot_do_are_torch_s():
     conv = functools.partial(torch.nn.Conv2d, kernel_size=3, padding=1)
     assert native.convolves(conv(32, 64), torch.float32)
     for other in (conv(8, 64), conv(32, 48), conv(32, 64, stride=2), conv(32, 64, dilation=2), conv(32, 64, groups=2)):
         assert not native.convolves(other, torch.float32)
     assert not native.convolves(torch.nn.Conv2d(32, 64, 1), torch.float32)
-    assert not any(native.convolves(conv(32, 64), dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16))
+    assert not any(native.convolves(conv(32, 64), dtype) for dtype in (torch.float64, torch.float16))
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):

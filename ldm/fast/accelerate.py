@@ -23,6 +23,7 @@ from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.output.receipt import fingerprint
 
+WIDE = (torch.float32, torch.float64)
 WORTH_RELEASING = 1 << 20  # bytes of a weight
 
 
@@ -44,11 +45,11 @@ def accelerate(
 
     dtype: of the weights and of what is computed; the model's own where left out.
     side: of the pictures it should be quickest for, in pixels; the size the model was trained at where left out.
-    winograd: in float32 on a CPU, convolutions in a quarter of the multiplications: "auto" where that is quicker and takes no
-        more memory, "all" where it is quicker, which without a C compiler takes twice the memory, or "none".
+    winograd: on a CPU, convolutions in a quarter of the multiplications: "auto" where that is quicker and takes no more memory,
+        "all" where it is quicker, which without a C compiler takes twice the memory, or "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
     kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape; on a
-        CPU, attention and float32 convolutions in C, where there is a compiler for it (`compiling.py`).
+        CPU, attention and convolutions in C, where there is a compiler for it (`compiling.py`).
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     compile: on a GPU, the UNet by torch's compiler in place of our kernels. The first call takes minutes.
 
@@ -64,7 +65,7 @@ def accelerate(
     on_cpu, on_cuda = weight.device.type == "cpu", weight.device.type == "cuda"
     dtype, kernels = dtype or weight.dtype, kernels and not compile
     told: dict[str, Any] = {
-        "winograd": winograd if on_cpu and dtype == torch.float32 else "none",
+        "winograd": winograd if on_cpu and (dtype in WIDE or (kernels and native.convolves_in(dtype))) else "none",
         "kernels": kernels and (on_cuda or (on_cpu and native.attends(dtype))),
         "graph": graph and on_cuda and cache_steps == 1,
     }

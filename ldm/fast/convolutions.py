@@ -14,6 +14,7 @@ from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.fast.winograd import Winograd
 
+WIDE = (torch.float32, torch.float64)
 # Where Winograd's transforms cost less than what they save. In C: of so many pixels.
 WINOGRAD_IN_C = 256
 # In torch: not with fewer channels, of fewer pixels, or of less work.
@@ -34,11 +35,12 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     plan.winograd: "auto" where it is quicker and takes no more memory, "all" where it is quicker, or "none". What is returned
     is called with (x, bias): a bias (o,) in place of the layer's own, or None for that.
     """
-    multiplied = conv.weight.device.type == "cpu" and plan.dtype in (torch.float32, torch.float64)  # and not by a matrix engine
-    if plan.winograd == "none" or not multiplied or conv.stride != (1, 1) or conv.padding != (1, 1):
+    if plan.winograd == "none" or conv.weight.device.type != "cpu" or conv.stride != (1, 1) or conv.padding != (1, 1):
         return Direct(conv, plan.dtype)
     if plan.kernels and native.convolves(conv, plan.dtype):
         pays = pixels >= WINOGRAD_IN_C
+    elif plan.dtype not in WIDE:
+        pays = False
     else:
         enough = pixels >= max(WINOGRAD_PIXELS, WINOGRAD_LARGE if plan.winograd == "auto" else 0)
         work, narrowest = 18 * conv.in_channels * conv.out_channels * pixels, min(conv.in_channels, conv.out_channels)
@@ -85,9 +87,9 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""
-        if isinstance(self.conv, Winograd):
+        precise = x.dtype in WIDE  # as the moments of bands, sums of sums, ask for
+        if isinstance(self.conv, Winograd) and precise:
             return self.conv(x, bias, self.norm.banded(x))
-        precise = x.dtype in (torch.float32, torch.float64)  # as the moments of bands, sums of sums, ask for
         if x.device.type == "cpu" and precise and x.numel() >= BANDED:
             return self._banded(x, bias)
         return self.conv(self.norm(x), bias)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.fast import compiling
 
 ATTENTION = {torch.float32: "attention_float", torch.bfloat16: "attention_bfloat16"}
+WINOGRAD = {torch.float32: "winograd_float", torch.bfloat16: "winograd_bfloat16"}
 WIDTHS = 8  # heads' widths are multiples of
 CHANNELS, OUTPUTS = 16, 64  # a convolution's are multiples of
 
@@ -24,11 +25,18 @@ def attends(dtype: torch.dtype) -> bool:
     return compiling.library("attention") is not None
 
 
+def convolves_in(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for convolutions in dtype, and it is quicker than torch's."""
+    if dtype not in WINOGRAD or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+        return False
+    return compiling.library("winograd") is not None
+
+
 def convolves(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for such a convolution in dtype: 3x3, stride 1, padding 1, float32."""
+    """Whether that kernel takes such a convolution: 3x3, stride 1, padding 1."""
     plain = conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
     of_blocks = conv.in_channels % CHANNELS == 0 and conv.out_channels % OUTPUTS == 0
-    return plain and of_blocks and dtype == torch.float32 and compiling.library("winograd") is not None
+    return plain and of_blocks and convolves_in(dtype)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -65,7 +73,10 @@ def winograd(pixels: Tensor, kernels: Tensor, bias: Tensor, out: Tensor, scale: 
     """
     library, (b, h, w, o), c = compiling.library("winograd"), out.shape, pixels.shape[3]
     library.winograd_room.restype = ctypes.c_int64
-    room = pixels.new_empty(library.winograd_room(ctypes.c_int64(b * h * w // 16), ctypes.c_int64(c)))
+    room = torch.empty(library.winograd_room(ctypes.c_int64(b * h * w // 16), ctypes.c_int64(c)))
+    bias = bias.float()
     tensors = (one.data_ptr() for one in (pixels, kernels, bias, out, room))
-    if library.winograd((ctypes.c_int64 * 13)(*tensors, b, h // 4, w // 4, c, o, scale, *out.stride()[:2])):
+    if getattr(library, WINOGRAD[pixels.dtype])(
+        (ctypes.c_int64 * 13)(*tensors, b, h // 4, w // 4, c, o, scale, *out.stride()[:2])
+    ):
         raise MemoryError(f"no memory for a convolution of {o} channels")

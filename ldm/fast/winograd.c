@@ -1,4 +1,7 @@
-/* A 3x3 convolution on a CPU, float32, by Winograd's F(4x4, 3x3): what `winograd.py` does, which says what it is, in one pass.
+/* A 3x3 convolution on a CPU by Winograd's F(4x4, 3x3): what `winograd.py` does, which says what it is, in one pass.
+
+   Pixels, kernels and results are float32, or bfloat16 that is widened as it is read and rounded as it is written; all between
+   is float32.
 
    The transformed inputs are made first, by tiles. Then each thread takes the next BLOCK output channels of TILES tiles: it
    transforms a row of the kernels at a time, for DEPTH input channels, into its own cache, multiplies with what is there, and
@@ -9,6 +12,7 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #if defined(__AVX512F__)
 enum { LANES = 16, VECTORS = 4, ROWS = 6 }; /* ROWS * VECTORS sums stay in the 32 registers; of 16, 12 do */
@@ -35,16 +39,18 @@ enum {
 #define F(x) ((float)(x))
 
 typedef float vector __attribute__((vector_size(LANES * 4)));
+typedef uint32_t integers __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias)); /* wherever a number may be */
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    const float *pixels;  /* (images, OUT rows / scale + 2, OUT columns / scale + 2, channels), contiguous */
-    const float *kernels; /* (outputs / BLOCK, channels, TAPS, BLOCK) */
-    const float *bias;    /* (outputs) */
-    float *out;           /* (images, OUT rows, OUT columns, outputs) */
-    float *inputs;        /* room for (blocks of TILES, blocks of DEPTH, SIDE * SIDE, PLANE) */
+    const void *pixels;  /* (images, OUT rows / scale + 2, OUT columns / scale + 2, channels), contiguous */
+    const void *kernels; /* (outputs / BLOCK, channels, TAPS, BLOCK) */
+    const float *bias;   /* (outputs) */
+    void *out;           /* (images, OUT rows, OUT columns, outputs) */
+    float *inputs;       /* room for (blocks of TILES, blocks of DEPTH, SIDE * SIDE, PLANE) */
     int64_t images, rows, columns, channels, outputs;
     int64_t scale; /* 2: each pixel inside the padding is to be four */
     int64_t out_image, out_row; /* strides of out, in elements */
@@ -52,6 +58,25 @@ typedef struct {
 
 INLINE vector load(const float *from) { return (vector)*(const loose *)from; }
 INLINE void store(float *to, vector x) { *(loose *)to = (loose)x; }
+
+/* LANES elements of either type, from element `at` on. */
+INLINE vector read_elements(int bfloat, const void *from, int64_t at) {
+    if (!bfloat) return load((const float *)from + at);
+    halves short_ones;
+    memcpy(&short_ones, (const uint16_t *)from + at, sizeof short_ones);
+    return (vector)(__builtin_convertvector(short_ones, integers) << 16);
+}
+
+INLINE void write_elements(int bfloat, void *to, int64_t at, vector x) {
+    if (!bfloat) {
+        store((float *)to + at, x);
+        return;
+    }
+    integers bits = (integers)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
+    integers nan = (integers)(x != x);
+    halves short_ones = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), halves);
+    memcpy((uint16_t *)to + at, &short_ones, sizeof short_ones);
+}
 
 /* B^T d, d of every `step` from `from` on. */
 INLINE void transform_input(const vector *d, int step, vector *to, int to_step) {
@@ -91,18 +116,19 @@ INLINE vector at_point(int row, vector g0, vector g1, vector g2) {
 }
 
 /* One tile of all channels into its place in every plane of every block of DEPTH. */
-static void read_tile(const call *c, int64_t tile) {
+INLINE void read_tile(int bfloat, const call *c, int64_t tile) {
     int64_t column = tile % c->columns, row = tile / c->columns % c->rows, image = tile / c->columns / c->rows;
     int64_t scale = c->scale, depths = (c->channels + DEPTH - 1) / DEPTH;
     int64_t width = (OUT * c->columns / scale + 2) * c->channels, height = OUT * c->rows / scale + 2;
-    const float *pixels = c->pixels + (image * height + OUT * row / scale) * width + OUT * column / scale * c->channels;
+    int64_t corner = (image * height + OUT * row / scale) * width + OUT * column / scale * c->channels;
     int64_t at[SIDE]; /* which of the pixels there each one of the tile is */
     for (int i = 0; i < SIDE; i++) at[i] = (i + scale - 1) / scale;
     float *to = c->inputs + tile / TILES * depths * SIDE * SIDE * PLANE + tile % TILES * DEPTH;
     for (int64_t channel = 0; channel < c->channels; channel += LANES) {
         vector d[SIDE * SIDE], half[SIDE * SIDE];
         for (int i = 0; i < SIDE; i++)
-            for (int j = 0; j < SIDE; j++) d[i * SIDE + j] = load(pixels + at[i] * width + at[j] * c->channels + channel);
+            for (int j = 0; j < SIDE; j++)
+                d[i * SIDE + j] = read_elements(bfloat, c->pixels, corner + at[i] * width + at[j] * c->channels + channel);
         for (int j = 0; j < SIDE; j++) transform_input(d + j, SIDE, half + j, SIDE);
         for (int i = 0; i < SIDE; i++) transform_input(half + i * SIDE, 1, d + i * SIDE, 1);
         float *plane = to + channel / DEPTH * SIDE * SIDE * PLANE + channel % DEPTH;
@@ -111,13 +137,14 @@ static void read_tile(const call *c, int64_t tile) {
 }
 
 /* A row of the kernels' transform: [channel][TAPS][BLOCK] -> [SIDE][PANELS][channel][COLUMNS]. */
-INLINE void transform_kernels(int row, int64_t depth, const float *kernels, float *to) {
-    for (int64_t i = 0; i < depth; i++, kernels += TAPS * BLOCK)
+INLINE void transform_kernels(int bfloat, int row, int64_t depth, const void *kernels, int64_t first, float *to) {
+    for (int64_t i = 0; i < depth; i++, first += TAPS * BLOCK)
         for (int v = 0; v < BLOCK / LANES; v++) {
             vector g[3];
             for (int j = 0; j < 3; j++) {
-                const float *taps = kernels + j * BLOCK + v * LANES;
-                g[j] = at_point(row, load(taps), load(taps + 3 * BLOCK), load(taps + 6 * BLOCK));
+                vector taps[3];
+                for (int k = 0; k < 3; k++) taps[k] = read_elements(bfloat, kernels, first + (3 * k + j) * BLOCK + v * LANES);
+                g[j] = at_point(row, taps[0], taps[1], taps[2]);
             }
             float *place = to + (v / VECTORS * depth + i) * COLUMNS + v % VECTORS * LANES;
             for (int j = 0; j < SIDE; j++) store(place + j * depth * BLOCK, at_point(j, g[0], g[1], g[2]));
@@ -163,45 +190,46 @@ static void multiply_all(int64_t tiles, int64_t depth, const float *inputs, cons
 }
 
 /* Tiles of results [SIDE * SIDE][tile][BLOCK] -> out. */
-static void write_tiles(const call *c, int64_t first, int64_t tiles, int64_t output, const float *results) {
+INLINE void write_tiles(int bfloat, const call *c, int64_t first, int64_t tiles, int64_t output, const float *results) {
     for (int64_t t = 0; t < tiles; t++) {
         int64_t tile = first + t, column = tile % c->columns, row = tile / c->columns % c->rows;
         int64_t image = tile / c->columns / c->rows;
-        float *out = c->out + image * c->out_image + OUT * row * c->out_row + OUT * column * c->outputs + output;
+        int64_t corner = image * c->out_image + OUT * row * c->out_row + OUT * column * c->outputs + output;
         for (int v = 0; v < BLOCK; v += LANES) {
             vector m[SIDE * SIDE], half[OUT * SIDE], y[OUT * OUT], bias = load(c->bias + output + v);
             for (int i = 0; i < SIDE * SIDE; i++) m[i] = load(results + i * RESULTS + t * BLOCK + v);
             for (int j = 0; j < SIDE; j++) transform_output(m + j, SIDE, half + j, SIDE);
             for (int i = 0; i < OUT; i++) transform_output(half + i * SIDE, 1, y + i * OUT, 1);
             for (int i = 0; i < OUT; i++)
-                for (int j = 0; j < OUT; j++) store(out + i * c->out_row + j * c->outputs + v, y[i * OUT + j] + bias);
+                for (int j = 0; j < OUT; j++)
+                    write_elements(bfloat, c->out, corner + i * c->out_row + j * c->outputs + v, y[i * OUT + j] + bias);
         }
     }
 }
 
 /* BLOCK outputs of a block of tiles. room: of one thread. */
-static void convolve(const call *c, int64_t block, int64_t output, float *room) {
+INLINE void convolve(int bfloat, const call *c, int64_t block, int64_t output, float *room) {
     int64_t all = c->images * c->rows * c->columns, first = block * TILES, tiles = all - first < TILES ? all - first : TILES;
     const float *inputs = c->inputs + block * ((c->channels + DEPTH - 1) / DEPTH) * SIDE * SIDE * PLANE;
     float *results = room, *kernels = room + SIDE * SIDE * RESULTS;
     for (int64_t start = 0; start < c->channels; start += DEPTH, inputs += SIDE * SIDE * PLANE) {
         int64_t depth = c->channels - start < DEPTH ? c->channels - start : DEPTH;
-        const float *taps = c->kernels + (output / BLOCK * c->channels + start) * TAPS * BLOCK;
+        int64_t taps = (output / BLOCK * c->channels + start) * TAPS * BLOCK;
         for (int i = 0; i < SIDE; i++) {
             switch (i) {
-            case 0: transform_kernels(0, depth, taps, kernels); break;
-            case 1: transform_kernels(1, depth, taps, kernels); break;
-            case 2: transform_kernels(2, depth, taps, kernels); break;
-            case 3: transform_kernels(3, depth, taps, kernels); break;
-            case 4: transform_kernels(4, depth, taps, kernels); break;
-            default: transform_kernels(5, depth, taps, kernels); break;
+            case 0: transform_kernels(bfloat, 0, depth, c->kernels, taps, kernels); break;
+            case 1: transform_kernels(bfloat, 1, depth, c->kernels, taps, kernels); break;
+            case 2: transform_kernels(bfloat, 2, depth, c->kernels, taps, kernels); break;
+            case 3: transform_kernels(bfloat, 3, depth, c->kernels, taps, kernels); break;
+            case 4: transform_kernels(bfloat, 4, depth, c->kernels, taps, kernels); break;
+            default: transform_kernels(bfloat, 5, depth, c->kernels, taps, kernels); break;
             }
             for (int j = 0; j < SIDE; j++)
                 multiply_all(tiles, depth, inputs + (i * SIDE + j) * PLANE, kernels + j * depth * BLOCK,
                              results + (i * SIDE + j) * RESULTS, start > 0);
         }
     }
-    write_tiles(c, first, tiles, output, results);
+    write_tiles(bfloat, c, first, tiles, output, results);
 }
 
 /* Floats that `inputs` needs. */
@@ -209,8 +237,7 @@ int64_t winograd_room(int64_t tiles, int64_t channels) {
     return (tiles + TILES - 1) / TILES * ((channels + DEPTH - 1) / DEPTH) * SIDE * SIDE * PLANE;
 }
 
-/* Returns 0, or 1 where there was no memory. channels is a multiple of 16, outputs of BLOCK. */
-int winograd(const call *c) {
+INLINE int run(int bfloat, const call *c) {
     int failed = 0;
     int64_t tiles = c->images * c->rows * c->columns, tasks = (tiles + TILES - 1) / TILES * (c->outputs / BLOCK);
 #pragma omp parallel reduction(| : failed)
@@ -218,11 +245,17 @@ int winograd(const call *c) {
         float *room = aligned_alloc(64, (SIDE * SIDE * RESULTS + SIDE * DEPTH * BLOCK) * 4);
         failed = room == NULL;
 #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; tile++) read_tile(c, tile);
+        for (int64_t tile = 0; tile < tiles; tile++) read_tile(bfloat, c, tile);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; i++)
-            if (room != NULL) convolve(c, i / (c->outputs / BLOCK), i % (c->outputs / BLOCK) * BLOCK, room);
+            if (room != NULL) convolve(bfloat, c, i / (c->outputs / BLOCK), i % (c->outputs / BLOCK) * BLOCK, room);
         free(room);
     }
     return failed;
 }
+
+/* Both return 0, or 1 where there was no memory. channels is a multiple of 16, outputs of BLOCK. */
+
+int winograd_float(const call *c) { return run(0, c); }
+
+int winograd_bfloat16(const call *c) { return run(1, c); }
