@@ -109,7 +109,7 @@ def test_attention_is_computed_in_c_where_it_can_be_and_by_torch_elsewhere(monke
 @pytest.mark.parametrize("block", [1, 1 << 14, 1 << 30])
 def test_convolutions_in_c_are_as_exact_as_torch_s(monkeypatch, b, c, o, size, block):
     """Blocks are of 96 tiles of 4x4 pixels, 128 channels, 64 outputs; maps come in bands."""
-    monkeypatch.setattr(winograd, "BLOCK", block)
+    monkeypatch.setattr(winograd, "BLOCK_IN_C", block)
     conv, of = seeded.fill(torch.nn.Conv2d(c, o, 3, padding=1)), Plan(dtype=torch.float32)
     quick, bias = winograd.Winograd(conv, of), seeded.tensor("bias", o)
     assert quick.native

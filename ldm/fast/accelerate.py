@@ -113,7 +113,7 @@ def _check(components, dtype, side, winograd, compile, cache_steps, merge_tokens
     if winograd not in ("auto", "all", "none"):
         raise ValueError(f"winograd {winograd!r}; expected auto, all or none")
     if compile and device.type != "cuda":
-        raise ValueError(f"compile is for a GPU, and the model is on {device}, where it gains nothing; leave it out")
+        raise ValueError(f"compile is for a GPU, and the model is on {device}, where kernels in C take its place; leave it out")
     if not isinstance(cache_steps, int) or isinstance(cache_steps, bool) or cache_steps < 1:
         raise ValueError(f"cache_steps {cache_steps!r}; expected a whole number from 1, which is exact, on")
     if compile and cache_steps > 1:

@@ -1,7 +1,8 @@
 """`attention.c` and `winograd.c` for tensors: what a CPU does where a C compiler is at hand (`compiling.py`).
 
 On a processor with AVX-512, torch's own attention takes 2.3 times as long for Stable Diffusion v1's largest shape in float32,
-3.7 times in bfloat16, with the same error; with AVX2 alone, 1.2 and 1.4 times.
+3.7 times in bfloat16, with the same error; with AVX2 alone, 1.2 and 1.4 times. Direct convolutions of its maps of 16 x 16 and
+more take 2.0 to 2.8 times as long in float32, with either.
 """
 
 import ctypes
@@ -76,7 +77,6 @@ def winograd(pixels: Tensor, kernels: Tensor, bias: Tensor, out: Tensor, scale: 
     room = torch.empty(library.winograd_room(ctypes.c_int64(b * h * w // 16), ctypes.c_int64(c)))
     bias = bias.float()
     tensors = (one.data_ptr() for one in (pixels, kernels, bias, out, room))
-    if getattr(library, WINOGRAD[pixels.dtype])(
-        (ctypes.c_int64 * 13)(*tensors, b, h // 4, w // 4, c, o, scale, *out.stride()[:2])
-    ):
+    call = (ctypes.c_int64 * 13)(*tensors, b, h // 4, w // 4, c, o, scale, *out.stride()[:2])
+    if getattr(library, WINOGRAD[pixels.dtype])(call):
         raise MemoryError(f"no memory for a convolution of {o} channels")

@@ -3,7 +3,7 @@
 What is done otherwise, and exact but for rounding:
 
 - maps are channels_last, so that a map's pixels are tokens without a copy;
-- convolutions have their weights laid out once, in float32 on a CPU through Winograd's transform (`convolutions.py`);
+- convolutions have their weights laid out once, on a CPU mostly through Winograd's transform (`convolutions.py`);
 - upsampling is part of the convolution after it;
 - the time projections of all residual blocks are one product, and are added in the convolutions' biases;
 - queries, keys and values are one product;

@@ -8,7 +8,8 @@ at infinity. With Lavin's own points (0, +-1, +-2) the error is 2.7 times a dire
 Neural Networks", arXiv:1803.10986), it is 1.05 to 1.2 times that at 320 channels and 0.7 to 1.0 times at 1280, by processor,
 since the sums over the channels are a ninth as long.
 
-It pays in float32 on a CPU, where multiplications are what a convolution waits for. Maps are (b, c, h, w), channels_last.
+It pays on a CPU, where multiplications are what a convolution waits for, in float32, and in bfloat16 where no matrix engine
+computes that (in C alone). Maps are (b, c, h, w), channels_last.
 """
 
 import math
@@ -24,6 +25,7 @@ from ldm.fast.plan import Plan
 OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
 BLOCK = 4 << 20  # elements of transformed input at a time: what stays in the last level of cache between two passes
+BLOCK_IN_C = 12 << 20  # the same for `winograd.c`, which has nothing else between them
 PART = 1 << 14  # pairs of channels whose kernels are transformed at a time
 
 
@@ -101,7 +103,7 @@ class Winograd(nn.Module):
         tall, wide = -(-scale * h // OUT), -(-scale * w // OUT)  # tiles
         y = x.new_empty(b, tall * OUT, wide * OUT, len(bias))
         kernel = self.kernel if self.native or self.kernel is not None else transform_kernel(self.taps)
-        rows = max(1, min(tall, BLOCK // (TILE * TILE * b * wide * c)))
+        rows = max(1, min(tall, (BLOCK_IN_C if self.native else BLOCK) // (TILE * TILE * b * wide * c)))
         pixels, step = x.permute(0, 2, 3, 1), OUT // scale
         for top in range(0, tall, rows):
             count = min(rows, tall - top)
