@@ -6,6 +6,7 @@ Of the JPEGs in which telephones keep more than the photograph, it is the photog
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,17 +17,21 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 1 << 26  # 8192 x 8192: more is a mistake, or an attack by a small file that unpacks to much
 
 
-def read(path: str | Path) -> Image.Image:
-    """The picture in a file, upright, in 8-bit RGB. Raises ValueError, one line, where it is not one."""
+def read(path: str | Path | BinaryIO, *, name: str | None = None, most_pixels: int | None = None) -> Image.Image:
+    """The picture in a file, upright, in 8-bit RGB. Raises ValueError, one line, where it is not one.
+
+    name: what the line calls it; its path where left out. most_pixels: where fewer than MOST_PIXELS are allowed.
+    """
+    name = str(path) if name is None else name
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            _check(opened, str(path))
+            _check(opened, name, most_pixels)
             opened.load()
-            return rgb(opened, str(path))
+            return rgb(opened, name)
     except ValueError as error:
-        raise error if str(error).startswith(str(path)) else _unreadable(path, error) from None
+        raise error if str(error).startswith(name) else _unreadable(name, error) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-        raise _unreadable(path, error) from None
+        raise _unreadable(name, error) from None
 
 
 def rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -90,12 +95,13 @@ def difference(one: Image.Image, other: Image.Image) -> tuple[int, float]:
     return int(apart.max()), float((apart > 0).mean())
 
 
-def _check(image: Image.Image, name: str) -> None:
+def _check(image: Image.Image, name: str, most_pixels: int | None = None) -> None:
+    most = MOST_PIXELS if most_pixels is None else most_pixels
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ValueError(f"{name}: has {frames} frames; expected a single picture; save one frame on its own")
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{name}: has {image.width} x {image.height} pixels; expected at most {MOST_PIXELS:,} in all")
+    if image.width * image.height > most:
+        raise ValueError(f"{name}: has {image.width} x {image.height} pixels; expected at most {most:,} in all")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -118,7 +124,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return grey
 
 
-def _unreadable(path: str | Path, error: Exception) -> ValueError:
+def _unreadable(path: str, error: Exception) -> ValueError:
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
         return ValueError(f"{path}: cannot be read ({error.strerror})")
     return ValueError(f"{path}: cannot be read as PNG, JPEG or WebP ({' '.join(str(error).split())[:120]})")

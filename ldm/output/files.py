@@ -1,5 +1,6 @@
 """Picture files: a PNG that carries its receipt, written whole or not at all, and never over another."""
 
+import io
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
@@ -44,7 +45,23 @@ def save_as(image: Image.Image, receipt: Mapping[str, Any] | None, path: str | P
     return path
 
 
-def texts(path: str | Path, formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")) -> dict[str, str]:
+def png(image: Image.Image, receipt: Mapping[str, Any]) -> bytes:
+    """The file that `save` writes, for those who put it somewhere else."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=_info(receipt))
+    return buffer.getvalue()
+
+
+def _info(receipt: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    if receipt is not None:
+        text = receipts.parameters(receipt).replace("\0", "")
+        info.add_text("parameters", text.encode(errors="replace").decode())  # a model's name may hold half characters
+        info.add_text(KEY, receipts.to_json(receipt))
+    return info
+
+
+def texts(path: str | Path | BinaryIO, formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")) -> dict[str, str]:
     """The texts that a picture file carries, by their keys. Raises ValueError where it is no picture of these formats."""
     try:
         with Image.open(path, formats=formats) as image:
@@ -91,13 +108,7 @@ class _Partial:
     """A whole file under a hidden name in the folder where it will stand, gone again on leaving."""
 
     def __init__(self, image: Image.Image, receipt: Mapping[str, Any] | None, folder: Path):
-        self.image, self.folder = image, folder
-        self.info = PngImagePlugin.PngInfo()
-        if receipt is None:
-            return
-        text = receipts.parameters(receipt).replace("\0", "")
-        self.info.add_text("parameters", text.encode(errors="replace").decode())  # a model's name may hold half characters
-        self.info.add_text(KEY, receipts.to_json(receipt))
+        self.image, self.folder, self.info = image, folder, _info(receipt)
 
     def __enter__(self) -> str:
         self.folder.mkdir(parents=True, exist_ok=True)

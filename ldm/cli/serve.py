@@ -1,0 +1,58 @@
+"""`ldm serve`: the HTTP API (extra `web`)."""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import options
+
+
+def add(commands: Any) -> None:
+    text = "an HTTP API"
+    about = "An HTTP API on the loopback address: /v1 (its own), /sdapi/v1 (as AUTOMATIC1111's). Stop with Ctrl-C."
+    command = commands.add_parser("serve", help=text, allow_abbrev=False, description=about)
+    command.add_argument("--host", default="127.0.0.1", help="where to listen; beyond loopback a token is wanted")
+    command.add_argument("--port", type=int, default=7860, help="(default 7860; 0 for any that is free)")
+    command.add_argument("--token", help="what clients must show (beyond loopback, drawn where left out)")
+    command.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may call it by")
+    command.add_argument("--queue", type=int, default=16, metavar="N", help="jobs that may wait (default 16)")
+    command.add_argument("--most-pixels", type=int, metavar="N", help="of a picture that is made (default 1024 x 1024)")
+    command.add_argument("--adapter-folder", type=Path, metavar="FOLDER", help="LoRAs that requests may name")
+    options.add_model(command, fast=True)
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ImportError("ldm serve needs the extra web; install it with: pip install 'ldm[web]'")
+    for name, value, lowest, highest in (("port", args.port, 0, 65535), ("queue", args.queue, 1, 10_000)):
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} {value}; expected {lowest} to {highest}")
+    if args.most_pixels is not None and args.most_pixels < 64 * 64:
+        raise ValueError(f"most-pixels {args.most_pixels}; expected {64 * 64} or more")
+    if args.adapter_folder is not None and not args.adapter_folder.is_dir():
+        raise ValueError(f"adapter-folder {args.adapter_folder}: there is no such folder")
+    from ldm.web import server
+    from ldm.web.form import Limits
+
+    limits = Limits(adapter_folder=args.adapter_folder, **({"most_pixels": args.most_pixels} if args.most_pixels else {}))
+    asked = server.Options(
+        host=args.host,
+        port=args.port,
+        names=tuple(args.allow_host),
+        token=args.token,
+        bound=args.queue,
+        limits=limits,
+    )
+    asked = server.with_token(asked)
+    components = options.load(args)
+    serving = server.server(components, asked)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    where = f"http://{host}:{args.port}/" + (f"?token={asked.token}" if asked.token else "")
+    print(f"{components.name}: {where}", flush=True)
+    serving.run()
+    if not serving.started:
+        raise ValueError(f"{args.host}:{args.port}: cannot listen there; is something else? try --port")
+    print("stopped", file=sys.stderr)

@@ -1,0 +1,178 @@
+"""What may not pass: a middleware around the whole application, page, API and websockets alike.
+
+- Host names: only those that the server is known under, so that a name that somebody else points at this address (DNS
+  rebinding) reaches nothing.
+- Origins: what changes anything must come from a page of this very server, or from no page at all.
+- A token, where one is set: as `Authorization: Bearer`, as the password of HTTP Basic, or as a cookie, which `/?token=` sets.
+- Bodies: of so many bytes, within so many seconds; all that are being read together have a budget.
+
+A refusal is JSON with one line, `detail`.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, urlsplit
+
+COOKIE = "ldm_token"
+SAFE = ("GET", "HEAD", "OPTIONS")
+OPEN = ("/health",)  # without a token
+
+
+class Guard:
+    """An ASGI application around another.
+
+    hosts: names and addresses, lower case, without ports. most_bytes, seconds: of one body. budget: bytes of all bodies that
+    are in memory at a time.
+    """
+
+    def __init__(
+        self,
+        app,
+        *,
+        hosts: frozenset[str],
+        token: str | None = None,
+        most_bytes: int = 48 << 20,
+        seconds: float = 30.0,
+        budget: int = 256 << 20,
+    ):
+        self.app, self.hosts, self.token = app, hosts, token
+        self.most_bytes, self.seconds, self.budget, self.held = most_bytes, seconds, budget, 0
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await _refuse(scope, receive, send, *refusal)
+            return
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+            return
+        if self.token is not None and scope["path"] == "/" and _asked_token(scope) is not None:
+            await _set_cookie(send, self.token)
+            return
+        await self._with_body(scope, headers, receive, send)
+
+    def _refusal(self, scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if _name(host) not in self.hosts:
+            known = ", ".join(sorted(self.hosts))
+            return 421, f"this server is not called {host[:80]!r}; expected one of {known} (see --allow-host)"
+        changes = scope["type"] == "websocket" or scope["method"] not in SAFE
+        origin = headers.get("origin")
+        if changes and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return 403, f"a page of {origin[:80]!r} may not use this server"
+        if changes and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            return 403, "another site's page may not use this server"
+        if self.token is not None and scope["path"] not in OPEN and not self._has_token(scope, headers):
+            return 401, "this server wants its token: Authorization: Bearer TOKEN, the password of Basic, or /?token=TOKEN"
+        return None
+
+    def _has_token(self, scope, headers: dict[str, str]) -> bool:
+        given = [_authorised(headers.get("authorization", "")), _cookie(headers.get("cookie", ""))]
+        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/":
+            given.append(_asked_token(scope))
+        return any(hmac.compare_digest(one.encode(), self.token.encode()) for one in given if one is not None)
+
+    async def _with_body(self, scope, headers: dict[str, str], receive, send) -> None:
+        """Read the whole body first, so that whoever is slow, or sends too much, holds up nobody else."""
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.most_bytes:
+            await _refuse(scope, receive, send, 413, f"a body of {length[:20]} bytes; expected at most {self.most_bytes}")
+            return
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(self.seconds):
+                    refusal = await self._read(receive, body)
+            except TimeoutError:
+                refusal = 408, f"the body took more than {self.seconds:g} s; send it faster"
+            if refusal is not None:
+                await _refuse(scope, receive, send, *refusal)
+                return
+            messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+            async def replay():
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay, send)
+        finally:
+            self.held -= len(body)
+
+    async def _read(self, receive, body: bytearray) -> tuple[int, str] | None:
+        """The whole body into `body`; why not, where that may not be."""
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return 400, "the client has left"
+            part = message.get("body", b"")
+            if len(body) + len(part) > self.most_bytes:
+                return 413, f"a body of more than {self.most_bytes} bytes; expected fewer"
+            if self.held + len(part) > self.budget:
+                return 503, "too many large requests at a time; try again later"
+            self.held += len(part)
+            body += part
+            if not message.get("more_body", False):
+                return None
+
+
+def _name(host: str) -> str:
+    """A Host header's name, without its port."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _authorised(header: str) -> str | None:
+    kind, _, value = header.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _cookie(header: str) -> str | None:
+    try:
+        found = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found else None
+
+
+def _asked_token(scope) -> str | None:
+    values = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token")
+    return values[0] if values else None
+
+
+async def _set_cookie(send, token: str) -> None:
+    """On to the page, with the token where no address shows it."""
+    cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
+    headers = [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 303, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse(scope, receive, send, status: int, detail: str) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008, "reason": detail[:120]})
+        return
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    if status == 401:
+        headers.append((b"www-authenticate", b'Basic realm="ldm"'))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

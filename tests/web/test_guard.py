@@ -1,0 +1,195 @@
+"""What may not pass: names, origins, tokens, and bodies that are large, slow, or unpack to much."""
+
+import base64
+import socket
+import struct
+import time
+import zlib
+
+import pytest
+
+from ldm.web import guard
+from ldm.web import server as serving
+from tests.web.conftest import PROMPT, running
+
+ASKED = {"prompt": PROMPT, "num_inference_steps": 1}
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "[::2]", "0.0.0.0"])
+def test_by_another_name_nothing_is_reached(server, host):
+    """As a page has it whose own name was made to point here."""
+    for path in ("/health", "/v1/form", "/sdapi/v1/options"):
+        refused = server.client.get(path, headers={"Host": host})
+        assert refused.status_code == 421 and "not called" in refused.json()["detail"]
+
+
+def test_its_own_names_are_taken_and_others_that_it_is_told(bundled):
+    with running(bundled, names=("pictures.example",)) as server:
+        for host in ("localhost", f"localhost:{server.port}", "127.0.0.1", "[::1]:80", "LOCALHOST", "pictures.example:443"):
+            assert server.client.get("/health", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+    ids=str,
+)
+def test_another_page_changes_nothing(server, headers):
+    for path in ("/v1/images", "/sdapi/v1/interrupt"):
+        assert server.client.post(path, json=ASKED, headers=headers).status_code == 403
+    assert server.client.delete("/v1/jobs/some", headers=headers).status_code == 403
+    assert server.client.get("/health", headers=headers).status_code == 200
+
+
+def test_its_own_page_may(server):
+    headers = {"Origin": server.url, "Sec-Fetch-Site": "same-origin"}
+    assert server.client.post("/v1/images", json=ASKED, headers=headers).status_code == 200
+
+
+def test_beyond_loopback_a_token_is_drawn_and_wanted(bundled):
+    drawn = serving.with_token(serving.Options(host="0.0.0.0"))
+    assert len(drawn.token) >= 24 and drawn != serving.with_token(serving.Options(host="0.0.0.0"))
+    assert serving.with_token(serving.Options(host="127.0.0.5")).token is None
+    with pytest.raises(ValueError, match="the token may have letters"):
+        serving.with_token(serving.Options(token="short"))
+    with running(bundled, token="a-secret-token") as server:
+        basic = base64.b64encode(b"anyone:a-secret-token").decode()
+        good = [{"Authorization": "Bearer a-secret-token"}, {"Authorization": f"Basic {basic}"}]
+        good.append({"Cookie": f"{guard.COOKIE}=a-secret-token"})
+        wrong = [{}, {"Authorization": "Bearer other-token"}, {"Authorization": "Basic ???"}, {"Cookie": f"{guard.COOKIE}=no"}]
+        for path in ("/v1/form", "/sdapi/v1/options", "/metrics", "/openapi.json"):
+            assert [server.client.get(path, headers=headers).status_code for headers in good] == [200] * 3
+            assert [server.client.get(path, headers=headers).status_code for headers in wrong] == [401] * 4
+        assert server.client.post("/v1/images?token=a-secret-token", json=ASKED).status_code == 401
+        assert server.client.get("/health").status_code == 200
+        first = server.client.get("/?token=a-secret-token", follow_redirects=False)
+        assert first.status_code == 303 and "a-secret-token" not in first.headers["location"]
+        assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=Strict" in first.headers["set-cookie"]
+        assert server.client.get("/v1/form").status_code == 200  # the client keeps cookies
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as wire:
+        head = (
+            f"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {10**10}\r\n\r\n"
+        )
+        wire.sendall(head.encode())
+        wire.settimeout(10)
+        assert b" 413 " in wire.recv(1000)
+    endless = (b"x" * (1 << 20) for _ in range(60))
+    refused = server.client.post("/v1/images", content=endless, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 413 and "more than" in refused.json()["detail"]
+
+
+def test_slow_clients_are_let_go_and_hold_up_nobody(bundled, monkeypatch):
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.5)
+    with running(bundled) as server:
+        server.server.config.app.seconds = 0.5
+        wires = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
+        for wire in wires[:50]:
+            wire.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localh")  # and no more
+        for wire in wires[50:]:
+            head = (
+                b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+            )
+            wire.sendall(head + b'{"prompt"')
+        assert server.client.post("/v1/images", json=ASKED).status_code == 200
+        time.sleep(1.5)
+        for wire in wires:
+            wire.settimeout(5)
+            answer = wire.recv(1000)
+            assert answer == b"" or b" 408 " in answer
+            wire.close()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side black pixels: a thousand times smaller than what it unpacks to."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compressobj(9)
+    line = b"\0" * (1 + side // 8)
+    data = b"".join([*(rows.compress(line) for _ in range(side)), rows.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_a_picture_that_unpacks_to_much_is_refused_by_its_header(server):
+    data = base64.b64encode(bomb(9_000)).decode()
+    assert len(data) < 100_000
+    start = time.monotonic()
+    refused = server.client.post("/v1/images", json=ASKED | {"image": data})
+    assert refused.status_code == 422 and "9000 x 9000 pixels; expected at most" in refused.json()["detail"][0]["msg"]
+    refused = server.client.post("/sdapi/v1/img2img", json={"prompt": PROMPT, "init_images": [data], "steps": 1})
+    assert refused.status_code == 422 and time.monotonic() - start < 5
+    assert server.client.post("/sdapi/v1/png-info", json={"image": data}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs/../../etc/passwd", "/v1/jobs/%2e%2e%2fetc%2fpasswd", "//etc/passwd", "/file=/etc/passwd"]
+)
+def test_no_path_leads_to_a_file(server, path):
+    with socket.create_connection(("127.0.0.1", server.port)) as wire:
+        wire.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: wire.recv(65536), b""))
+    assert b"root:" not in answer and b" 404 " in answer.split(b"\r\n")[0]
+
+
+def test_adapters_are_names_in_the_server_s_folder_and_nothing_else(bundled, tmp_path):
+    from ldm.web.form import Limits
+    from tests import lora_files
+
+    (tmp_path / "inside").mkdir()
+    lora_files.kohya(tmp_path / "inside" / "style.safetensors")
+    lora_files.kohya(tmp_path / "outside.safetensors")
+    with running(bundled, limits=Limits(adapter_folder=tmp_path / "inside")) as server:
+        for name in ("../outside", str(tmp_path / "outside.safetensors"), "style.safetensors/../../outside", "."):
+            for asked in ({"loras": [{"name": name}]}, {"prompt": f"{PROMPT} <lora:{name}:1>"}):
+                assert server.client.post("/v1/images", json=ASKED | asked).status_code == 422, (name, asked)
+        assert server.client.get("/v1/form").json()["loras"] == ["style"]
+
+
+def test_no_address_that_a_request_names_is_visited(server):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.5)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
+        assert server.client.post("/v1/images", json=ASKED | {"image": url}).status_code == 422
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_bytes_and_budget_are_bounded_by_the_guard_itself():
+    import asyncio
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask(one: guard.Guard, parts: list[bytes]) -> int:
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages.append({"type": "http.request", "body": b"", "more_body": False})
+        status = []
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            status.append(message.get("status"))
+
+        await one({"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send)
+        return status[0]
+
+    one = guard.Guard(app, hosts=frozenset({"localhost"}), most_bytes=100, budget=150)
+    assert asyncio.run(ask(one, [b"x" * 60, b"x" * 40])) == 200
+    assert asyncio.run(ask(one, [b"x" * 60, b"x" * 41])) == 413
+    one.held = 100
+    assert asyncio.run(ask(one, [b"x" * 60])) == 503
+    assert one.held == 100
