@@ -1,7 +1,7 @@
 """`ldm serve`: the HTTP API (extra `web`)."""
 
 import argparse
-import sys
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,15 @@ def run(args: argparse.Namespace) -> None:
         limits=limits,
     )
     asked = server.with_token(asked)
-    components = options.load(args)
-    serving = server.server(components, asked)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    where = f"http://{host}:{args.port}/" + (f"?token={asked.token}" if asked.token else "")
-    print(f"{components.name}: {where}", flush=True)
-    serving.run()
-    if not serving.started:
-        raise ValueError(f"{args.host}:{args.port}: cannot listen there; is something else? try --port")
-    print("stopped", file=sys.stderr)
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listener = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ValueError(f"{args.host}:{args.port}: cannot listen there ({error.strerror}); try another --port") from None
+    with listener:
+        components = options.load(args)
+        host, port = f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1]
+        print(f"{components.name}: http://{host}:{port}/v1, described at /openapi.json", flush=True)
+        if asked.token:
+            print(f"token: {asked.token}", flush=True)
+        server.server(components, asked).run(sockets=[listener])
