@@ -130,7 +130,7 @@ def test_convolutions_in_c_are_as_exact_as_torch_s(monkeypatch, b, c, o, size, b
 @compiled
 @pytest.mark.parametrize(("c", "o", "size"), [(320, 64, (16, 16)), (16, 128, (3, 1)), (144, 192, (21, 18))], ids=str)
 def test_bfloat16_is_widened_computed_with_and_rounded_once(monkeypatch, c, o, size):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(native, "engine", lambda: False)
     conv = seeded.fill(torch.nn.Conv2d(c, o, 3, padding=1)).bfloat16()
     quick = winograd.Winograd(conv, Plan(dtype=torch.bfloat16))
     assert quick.native and quick.taps.dtype == torch.bfloat16

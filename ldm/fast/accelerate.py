@@ -66,7 +66,7 @@ def accelerate(
     dtype, kernels = dtype or weight.dtype, kernels and not compile
     told: dict[str, Any] = {
         "winograd": winograd if on_cpu and (dtype in WIDE or (kernels and native.convolves_in(dtype))) else "none",
-        "kernels": kernels and (on_cuda or (on_cpu and native.attends(dtype))),
+        "kernels": kernels and (on_cuda or (on_cpu and (native.attends(dtype) or native.engages(dtype)))),
         "graph": graph and on_cuda and cache_steps == 1,
     }
     others = {"compile": compile, "cache_steps": cache_steps, "merge_tokens": merge_tokens}

@@ -29,7 +29,7 @@ enum { LANES = 8, ROWS = 4, VECTORS = 3 };
 #error "no vectors to speak of: torch's own kernel is as quick"
 #endif
 enum { QUERIES = LANES * VECTORS, KEYS = 128 }; /* of a block */
-enum { DEPTH = 128 }; /* features of a partial sum: the error grows with it, rather than with the width */
+enum { DEPTH = 64 }; /* features of a partial sum: the error grows with it, rather than with the width */
 
 typedef float vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));

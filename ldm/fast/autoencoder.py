@@ -24,8 +24,7 @@ class Residual(nn.Module):
         self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Direct(block.shortcut, plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.conv1(x))
-        return h.add_(x if self.shortcut is None else self.shortcut(x))
+        return self.conv2(self.conv1(x), addend=x if self.shortcut is None else self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -34,12 +33,12 @@ class Attention(nn.Module):
     def __init__(self, block: reference.AttentionBlock, plan: Plan):
         super().__init__()
         self.norm, self.attend = same_norm(block.norm, plan.dtype), plan.attend
-        self.query_key_value = Linear(block.query, block.key, block.value, dtype=plan.dtype)
-        self.output = Linear(block.output, dtype=plan.dtype)
+        self.query_key_value = Linear(block.query, block.key, block.value, plan=plan)
+        self.output = Linear(block.output, plan=plan)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.query_key_value(tokens_of(self.norm(x)))[:, None].chunk(3, dim=-1)
-        return map_of(self.output(self.attend(*parts)[:, 0]), x.shape[2]).add_(x)
+        return map_of(self.output(self.attend(*parts)[:, 0], addend=tokens_of(x)), x.shape[2])
 
 
 class Middle(nn.Module):

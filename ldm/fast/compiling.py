@@ -1,7 +1,7 @@
 """C sources of this folder as functions: compiled for this processor where they are first asked for, and kept.
 
 The compiler is `$CC`, cc, gcc or clang; a source takes it about a second. What it makes is kept in `$XDG_CACHE_HOME/ldm`
-(~/.cache/ldm), under a name that has the source, the compiler and the processor in it; where that cannot be written, or
+(~/.cache/ldm), under a name that has the sources, the compiler and the processor in it; where that cannot be written, or
 others can write there, it is made anew by each process. Where there is no compiler, or none that will do, there is no library,
 and torch's own kernels do the work.
 """
@@ -70,7 +70,8 @@ def _folder() -> Path | None:
 
 
 def _key(source: Path, compiler: list[str]) -> str:
-    what = (source.read_text(encoding="utf-8"), *FLAGS, *compiler, _run(*compiler, "--version"), _processor())
+    sources = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    what = (*sources, *FLAGS, *compiler, _run(*compiler, "--version"), _processor())
     return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
 
 

@@ -7,20 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast import native, packing
+from ldm.fast import native, packing, products
 from ldm.fast.maps import padded
 from ldm.fast.memory import converted, let_go
 from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
+from ldm.fast.products import TiledConvolution, TiledUpsampling
 from ldm.fast.winograd import Winograd
 
 WIDE = (torch.float32, torch.float64)
 # Where Winograd's transforms cost less than what they save. In C: of so many pixels.
 WINOGRAD_IN_C = 256
-HALF_OUTPUTS, HALF_INPUTS = (
-    512,
-    1280,
-)  # in bfloat16, whose products a direct convolution has at twice the rate: to so many, of so many
+HALF_OUTPUTS, HALF_INPUTS = 512, 1280  # in bfloat16, whose products a direct one has at twice the rate: to so many, of so many
 # In torch: not with fewer channels, of fewer pixels, or of less work.
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
@@ -39,6 +37,8 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     plan.winograd: "auto" where it is quicker and takes no more memory, "all" where it is quicker, or "none". What is returned
     is called with (x, bias): a bias (o,) in place of the layer's own, or None for that.
     """
+    if tiled(conv, plan):
+        return TiledConvolution(conv, plan.dtype)
     if plan.winograd == "none" or conv.weight.device.type != "cpu" or conv.stride != (1, 1) or conv.padding != (1, 1):
         return Direct(conv, plan.dtype)
     if plan.kernels and native.convolves(conv, plan.dtype):
@@ -51,6 +51,12 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
         work, narrowest = 18 * conv.in_channels * conv.out_channels * pixels, min(conv.in_channels, conv.out_channels)
         pays = enough and work >= WINOGRAD_FLOPS and narrowest >= WINOGRAD_CHANNELS
     return Winograd(conv, plan) if pays else Direct(conv, plan.dtype)
+
+
+def tiled(conv: nn.Conv2d, plan: Plan) -> bool:
+    """Whether a matrix engine computes `conv`."""
+    plain = conv.kernel_size == (3, 3) and conv.stride == conv.padding == (1, 1) and conv.weight.device.type == "cpu"
+    return plain and products.multiplies(conv.in_channels, plan)
 
 
 class Direct(nn.Module):
@@ -90,8 +96,15 @@ class Normalised(nn.Module):
     def bias(self) -> Tensor:
         return self.conv.bias
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+        """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own. addend: as the result, which it is added
+        to."""
+        if isinstance(self.conv, TiledConvolution):
+            return self.conv(self.norm(x), bias, addend=addend)
+        y = self._convolved(x, bias)
+        return y if addend is None else y.add_(addend)
+
+    def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
         precise = x.dtype in WIDE  # as the moments of bands, sums of sums, ask for
         if isinstance(self.conv, Winograd) and precise:
             return self.conv(x, bias, self.norm.banded(x))
@@ -113,9 +126,9 @@ class Normalised(nn.Module):
 class Upsampling(nn.Module):
     """Nearest upsampling to twice the size, then the 3x3 convolution `conv`. Exact but for rounding.
 
-    Where Winograd's transform is in C, it reads each pixel as four. Elsewhere it is one transposed convolution, 4x4, stride 2:
-    of the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications
-    of nine remain.
+    Of the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications
+    of nine remain: a matrix engine makes each quarter of the pixels for itself (`products.py`), elsewhere all are one transposed
+    convolution, 4x4, stride 2. Winograd's transform in C reads each pixel as four instead.
     """
 
     # Which of the three taps of one axis each of the four is the sum of.
@@ -126,9 +139,10 @@ class Upsampling(nn.Module):
         super().__init__()
         self.bias, self.packed = conv.bias.detach().to(plan.dtype), False
         self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
-        quick = convolution(conv, plan, pixels)
+        quick = TiledUpsampling(conv, plan.dtype) if tiled(conv, plan) else convolution(conv, plan, pixels)
+        self.tiled = quick if isinstance(quick, TiledUpsampling) else None
         self.winograd = quick if isinstance(quick, Winograd) and quick.native else None
-        self.weight = None if self.winograd else self._summed(conv.weight, plan.dtype)
+        self.weight = None if self.tiled or self.winograd else self._summed(conv.weight, plan.dtype)
         let_go(conv.weight)
 
     def _summed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,6 +162,8 @@ class Upsampling(nn.Module):
             (weight,) = self.reference  # at an odd edge the last pixel has a neighbour less
             larger = F.interpolate(x, size=size, mode="nearest")
             return F.conv2d(larger, weight.detach().to(self.bias.dtype), self.bias, padding=1)
+        if self.tiled is not None:
+            return self.tiled(x)
         if self.winograd is not None:
             return self.winograd(x, scale=2)
         if not self.packed and packing.possible(self.weight, self.bias.dtype):

@@ -4,23 +4,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.fast import packing
+from ldm.fast import packing, products
 from ldm.fast.memory import converted, let_go
+from ldm.fast.plan import Plan
 
 
 class Linear(nn.Module):
     """Linear layers of one input as one: (..., in) -> (..., the sum of their outputs).
 
-    On a CPU the weight is packed into blocks for oneDNN when it is first used.
+    On a CPU the weight is packed: for a matrix engine at once (`products.py`), for oneDNN when it is first used.
     """
 
-    def __init__(self, *layers: nn.Linear, dtype: torch.dtype):
+    def __init__(self, *layers: nn.Linear, plan: Plan):
         super().__init__()
-        self.weight: Tensor = _joined([layer.weight for layer in layers], dtype)
-        self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
+        self.outputs = sum(layer.out_features for layer in layers)
+        self.weight: Tensor = _joined([layer.weight for layer in layers], plan.dtype)
+        self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], plan.dtype)
+        self.tiled = self.weight.device.type == "cpu" and products.multiplies(layers[0].in_features, plan)
         self.packed = False
+        if self.tiled:
+            self.weight = products.pack(self.weight[..., None])
+            self.zeros = self.weight.new_zeros(self.outputs) if self.bias is None else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """addend: as the result, which it is added to."""
+        if self.tiled:
+            bias = self.zeros if self.bias is None else self.bias
+            return products.linear(x, self.weight, bias, self.outputs, addend)
+        y = self._multiplied(x)
+        return y if addend is None else y.add_(addend)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if not self.packed and rows >= packing.LEAST_ROWS and packing.possible(self.weight, self.weight.dtype):
             self.weight, self.packed = packing.linear(self.weight, rows), True
@@ -35,12 +49,19 @@ class GatedLinear(nn.Module):
     On a CPU the GELU and the product are done while the matrix products' results are in its registers.
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+    def __init__(self, layer: nn.Linear, plan: Plan):
         super().__init__()
-        self.weight, self.bias = converted(layer.weight, dtype), converted(layer.bias, dtype)
-        self.halves: list[Tensor] = []
+        self.weight, self.bias = converted(layer.weight, plan.dtype), converted(layer.bias, plan.dtype)
+        self.outputs, self.halves = layer.out_features, []
+        fits = layer.out_features % products.PANEL == 0 and products.multiplies(layer.in_features, plan)
+        self.tiled = self.weight.device.type == "cpu" and fits
+        if self.tiled:
+            self.weight = products.pack(self.weight[..., None], gated=True)
+            self.bias = products.gated_bias(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tiled:
+            return products.linear(x, self.weight, self.bias, self.outputs, gated=True)
         rows = x.numel() // x.shape[-1]
         if not self.halves and rows >= packing.LEAST_ROWS and packing.possible(self.weight, self.weight.dtype):
             self.halves = [packing.linear(half, rows) for half in self.weight.chunk(2)]

@@ -6,6 +6,7 @@ more take 2.0 to 2.8 times as long in float32, with either.
 """
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,34 @@ from ldm.fast import compiling
 ATTENTION = {torch.float32: "attention_float", torch.bfloat16: "attention_bfloat16"}
 WINOGRAD = {torch.float32: "winograd_float", torch.bfloat16: "winograd_bfloat16"}
 WIDTHS = 8  # heads' widths are multiples of
+WIDEST_TILED = 80  # a head for which a matrix engine's kernel is quicker than torch's
 CHANNELS, OUTPUTS = 16, 64  # a convolution's are multiples of
 
 
+@functools.cache
+def engine() -> bool:
+    """Whether there is a matrix engine (AMX) for bfloat16; it is asked for, as Linux wants."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def engages(dtype: torch.dtype) -> bool:
+    """Whether a matrix engine computes in dtype, and the products are ours (`products.py`)."""
+    return dtype == torch.bfloat16 and engine() and compiling.library("products_amx") is not None
+
+
 def attends(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for attention in dtype, and it is quicker than torch's: not where a matrix engine (AMX)
-    computes that type."""
-    if dtype not in ATTENTION or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
-        return False
-    return compiling.library("attention") is not None
+    """Whether there is a kernel for attention in dtype, and it is quicker than torch's."""
+    return dtype in ATTENTION and _attention(dtype) is not None
+
+
+def _attention(dtype: torch.dtype) -> ctypes.CDLL | None:
+    return compiling.library("attention_amx" if dtype == torch.bfloat16 and engine() else "attention")
 
 
 def convolves_in(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for convolutions in dtype, and it is quicker than torch's."""
-    if dtype not in WINOGRAD or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+    """Whether there is a kernel for Winograd's convolutions in dtype, and it is quicker than torch's: not where a matrix engine
+    computes that type."""
+    if dtype not in WINOGRAD or (dtype == torch.bfloat16 and engine()):
         return False
     return compiling.library("winograd") is not None
 
@@ -46,7 +61,8 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False
     alike = all(one.dtype == query.dtype and one.device.type == "cpu" and one.stride(-1) == 1 for one in tensors)
-    return alike and query.shape[-1] % WIDTHS == 0 and query.numel() > 0 and key.shape[2] > 0
+    narrow = query.shape[-1] <= WIDEST_TILED or query.dtype != torch.bfloat16 or not engine()
+    return alike and narrow and query.shape[-1] % WIDTHS == 0 and query.numel() > 0 and key.shape[2] > 0
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -57,7 +73,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     strides = [stride for one in tensors for stride in one.stride()[:3]]
     parts = -(-2 * torch.get_num_threads() // (b * h))  # two a thread at the least, so that none waits long for the others
     call = (ctypes.c_int64 * 22)(*(one.data_ptr() for one in tensors), b, h, n, m, d, *strides, parts)
-    if getattr(compiling.library("attention"), ATTENTION[query.dtype])(call):
+    if getattr(_attention(query.dtype), ATTENTION[query.dtype])(call):
         raise MemoryError(f"no memory for attention to {m} keys of width {d}")
     return out
 

@@ -38,15 +38,14 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = Normalised(block.norm1, block.conv1, plan, pixels)
         self.conv2 = Normalised(block.norm2, block.conv2, plan, pixels)
-        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, dtype=plan.dtype)
+        self.shortcut = None if isinstance(block.shortcut, nn.Identity) else Linear(block.shortcut, plan=plan)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         if len(time) == 1:
             h = self.conv1(x, self.conv1.bias + time[0])
         else:
             h = self.conv1(x).add_(as_many(time, len(x))[..., None, None])
-        h = self.conv2(h)
-        return h.add_(x if self.shortcut is None else map_of(self.shortcut(tokens_of(x)), x.shape[2]))
+        return self.conv2(h, addend=x if self.shortcut is None else map_of(self.shortcut(tokens_of(x)), x.shape[2]))
 
 
 class GatedFeedForward(nn.Module):
@@ -54,15 +53,16 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, block: FeedForward, plan: Plan):
         super().__init__()
-        self.expand, self.reduce = GatedLinear(block.expand, plan.dtype), Linear(block.reduce, dtype=plan.dtype)
+        self.expand, self.reduce = GatedLinear(block.expand, plan), Linear(block.reduce, plan=plan)
         self.part = max(1, PART // block.reduce.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (b, n, d) -> (b, n, d)."""
+    def forward(self, x: Tensor, addend: Tensor) -> Tensor:
+        """x, addend (b, n, d) -> (b, n, d)."""
         rows = x.flatten(0, 1)
         if x.device.type != "cpu" or len(rows) <= self.part:
-            return self.reduce(self.expand(x))
-        return torch.cat([self.reduce(self.expand(some)) for some in rows.split(self.part)]).view_as(x)
+            return self.reduce(self.expand(x), addend=addend)
+        parts = zip(rows.split(self.part), addend.flatten(0, 1).split(self.part), strict=True)
+        return torch.cat([self.reduce(self.expand(some), addend=more) for some, more in parts]).view_as(x)
 
 
 class Transformer(nn.Module):
@@ -75,10 +75,10 @@ class Transformer(nn.Module):
         self.norm = same_norm(block.norm, plan.dtype)
         self.norms = nn.ModuleList(same_norm(norm, plan.dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
         own, other = inner.self_attention, inner.cross_attention
-        self.proj_in, self.proj_out = Linear(block.proj_in, dtype=plan.dtype), Linear(block.proj_out, dtype=plan.dtype)
-        self.query_key_value = Linear(own.query, own.key, own.value, dtype=plan.dtype)
-        self.output = Linear(own.output, dtype=plan.dtype)
-        self.cross_query, self.cross_output = Linear(other.query, dtype=plan.dtype), Linear(other.output, dtype=plan.dtype)
+        self.proj_in, self.proj_out = Linear(block.proj_in, plan=plan), Linear(block.proj_out, plan=plan)
+        self.query_key_value = Linear(own.query, own.key, own.value, plan=plan)
+        self.output = Linear(own.output, plan=plan)
+        self.cross_query, self.cross_output = Linear(other.query, plan=plan), Linear(other.output, plan=plan)
         self.feed_forward = GatedFeedForward(inner.feed_forward, plan)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
@@ -86,14 +86,17 @@ class Transformer(nn.Module):
         normed = self.norms[0](tokens)
         merging = Merging(normed, x.shape[2], self.merge_tokens) if self.merge_tokens else None
         parts = self.query_key_value(normed if merging is None else merging.merge(normed)).chunk(3, dim=-1)
-        attended = self.output(self._merge(self.attend(*map(self._split, parts))))
-        tokens = (attended if merging is None else merging.unmerge(attended)).add_(tokens)
+        attended = self._merge(self.attend(*map(self._split, parts)))
+        if merging is None:
+            tokens = self.output(attended, addend=tokens)
+        else:
+            tokens = merging.unmerge(self.output(attended)).add_(tokens)
         count = len(keys_values[0])
         query = as_many(self._split(self.cross_query(self.norms[1](tokens))), count)
-        attended = self.cross_output(self._merge(self.attend(query, *keys_values)))
-        tokens = attended.add_(as_many(tokens, count))
-        tokens = self.feed_forward(self.norms[2](tokens)).add_(tokens)
-        return map_of(self.proj_out(tokens), x.shape[2]).add_(as_many(x, count))
+        attended = self._merge(self.attend(query, *keys_values))
+        tokens = self.cross_output(attended, addend=as_many(tokens, count))
+        tokens = self.feed_forward(self.norms[2](tokens), addend=tokens)
+        return map_of(self.proj_out(tokens, addend=as_many(tokens_of(x), count)), x.shape[2])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -135,11 +138,11 @@ class FastUNet(nn.Module):
         self.time_embedding = (
             unet.time_embedding if unet.conv_in.weight.dtype == dtype else deepcopy(unet.time_embedding).to(dtype)
         )
-        self.time_projection = Linear(*(block.time_projection for block in blocks), dtype=plan.dtype)
+        self.time_projection = Linear(*(block.time_projection for block in blocks), plan=plan)
         self.times: dict[tuple[float, ...], list[Tensor]] = {}
         self.time_widths = [block.time_projection.out_features for block in blocks]
         crosses = [module.cross_attention for module in unet.modules() if isinstance(module, TransformerBlock)]
-        self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, dtype=plan.dtype) for cross in crosses)
+        self.context_projections = nn.ModuleList(Linear(cross.key, cross.value, plan=plan) for cross in crosses)
         self.conv_in = Direct(unet.conv_in, plan.dtype, pack=False)  # whose weight tells device and type
         sizes = [2 * (side // 2**level) ** 2 for level in range(len(unet.config.level_widths))]  # pixels, with guidance
         plans = plan, dataclasses.replace(plan, merge_tokens=0.0)  # which is for the largest maps

@@ -26,6 +26,7 @@ OUT, TILE = 4, 6  # the side of a tile of outputs, and of the inputs they are of
 SMALL, LARGE = 2 / 3, 3 / 2  # the points are 0, +-SMALL, +-LARGE and infinity
 BLOCK = 4 << 20  # elements of transformed input at a time: what stays in the last level of cache between two passes
 BLOCK_IN_C = 12 << 20  # the same for `winograd.c`, which has nothing else between them
+CHANNELS = 64  # of a partial sum, in torch
 PART = 1 << 14  # pairs of channels whose kernels are transformed at a time
 
 
@@ -72,6 +73,15 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
     torch.mul(minus, SMALL, out=out[1]).add_(minus_large, alpha=LARGE)
     torch.mul(plus, SMALL**2, out=out[2]).add_(plus_large, alpha=LARGE**2)
     torch.add(m[5], minus, alpha=SMALL**3, out=out[3]).add_(minus_large, alpha=LARGE**3)
+
+
+def multiply(inputs: Tensor, kernel: Tensor) -> Tensor:
+    """inputs (36, tiles, c), kernel (36, c, o) -> (36, tiles, o), summed by parts of the channels: where a library sums one after
+    the other, the error grows with the number of a part, rather than of all."""
+    sums = None
+    for some, part in zip(inputs.split(CHANNELS, dim=2), kernel.split(CHANNELS, dim=1), strict=True):
+        sums = torch.bmm(some, part) if sums is None else sums.baddbmm_(some, part)
+    return sums
 
 
 class Winograd(nn.Module):
@@ -127,7 +137,7 @@ class Winograd(nn.Module):
         scratch = d.new_empty(2, TILE, b, rows, columns, c)
         taps = [half[:, :, :, j : j + OUT * (columns - 1) + 1 : OUT] for j in range(TILE)]
         transform_inputs(taps, whole.transpose(0, 1), *scratch)
-        products = torch.bmm(whole.view(TILE * TILE, -1, c), kernel).view(TILE, TILE, b, rows, columns, o)
+        products = multiply(whole.view(TILE * TILE, -1, c), kernel).view(TILE, TILE, b, rows, columns, o)
         half = d.new_empty(OUT, TILE, b, rows, columns, o)
         transform_outputs(products, list(half))
         tiles = y.view(b, rows, OUT, columns, OUT, o)
