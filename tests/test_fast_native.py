@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.fast import compiling, native, winograd
 from ldm.fast.attention import ChosenAttention
+from ldm.fast.normalisation import GroupNormSiLU
 from ldm.fast.plan import Plan
 from ldm.models.attention import attention, softmax_attention
 from tests import seeded
@@ -153,6 +154,46 @@ def test_convolutions_that_the_kernel_in_c_cannot_do_are_torch_s():
         assert not native.convolves(other, torch.float32)
     assert not native.convolves(torch.nn.Conv2d(32, 64, 1), torch.float32)
     assert not any(native.convolves(conv(32, 64), dtype) for dtype in (torch.float64, torch.float16))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("b", "c", "groups", "size", "mean"),
+    [(2, 320, 32, (24, 24), 0.0), (1, 32, 32, (5, 3), 2.0), (3, 48, 4, (1, 2), 0.0), (1, 64, 1, (100, 97), 300.0)],
+    ids=str,
+)
+def test_norms_in_c_are_as_exact_as_torch_s(b, c, groups, size, mean, dtype):
+    """Sums are of 128 pixels, and of at most 64 parts of a map. A mean far from nothing costs nothing."""
+    norm = seeded.fill(torch.nn.GroupNorm(groups, c)).to(dtype)
+    quick = GroupNormSiLU(norm, Plan(dtype=dtype))
+    x = (seeded.tensor("x", b, c, *size) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+    exact = F.silu(F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps))
+    made = quick(x)
+    assert quick.native and made.dtype == dtype and made.is_contiguous(memory_format=torch.channels_last)
+    if dtype == torch.float32:
+        own = F.silu(norm(x))
+        assert (made - exact).norm() < max(1.2 * (own - exact).norm(), 2e-7 * exact.norm())
+    else:
+        assert (made.double() - exact).norm() < 1.01 * (exact.bfloat16().double() - exact).norm()
+    assert torch.equal(quick(x.contiguous()), made)  # of a map that is not channels_last
+    whole = torch.full((b, size[0] + 2, size[1] + 3, c), 7.0, dtype=dtype)
+    quick.writing(x)(x.permute(0, 2, 3, 1)[:, :, :1], whole[:, 1:-1, 2:3])  # a part to a part
+    assert torch.equal(whole[:, 1:-1, 2], made.permute(0, 2, 3, 1)[:, :, 0])
+    assert (whole[:, [0, -1]] == 7).all() and (whole[:, :, [0, 1, -1]] == 7).all()
+    x[0, 0, 0, 0] = math.nan
+    assert quick(x)[0, : c // groups].isnan().any() and (groups == 1 or quick(x)[0, -1].isfinite().all())
+
+
+@compiled
+def test_silu_of_any_number():
+    """Of a map whose moments are known, so that what is normalised is what there was."""
+    x = torch.cat([torch.linspace(-120, 120, 4079), torch.tensor([0.0, -1e4, 1e4, 3e38, -3e38, math.inf, -1e-30])])
+    x = x[: len(x) // 16 * 16].view(1, 1, -1, 16)
+    found, made = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)]), torch.empty_like(x)
+    native.normalise(x, found, made)
+    torch.testing.assert_close(made, F.silu(x.double()).float(), rtol=5e-6, atol=1e-30)  # of -80: 2^115 with 24 bits of 115
+    assert (made - F.silu(x.double()))[x.abs() < 15].abs().max() < 1e-6
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):

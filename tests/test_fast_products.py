@@ -73,10 +73,10 @@ def test_gelu_of_any_number():
     with torch.no_grad():
         linear.weight.zero_()[32:].copy_(torch.eye(32))
         linear.bias.zero_()[:32] = 1
-    x = torch.cat([torch.linspace(-15, 15, 4094), torch.tensor([0.0, math.inf])]).bfloat16().view(-1, 1).repeat(1, 32)
+    x = torch.cat([torch.linspace(-15, 15, 4094), torch.tensor([0.0, 3e38])]).bfloat16().view(-1, 1).repeat(1, 32)
     made, number = GatedLinear(linear, PLAN)(x)[:, 0].double(), x[:, 0].double()
     exact = number * torch.special.erfc(-number / math.sqrt(2)) / 2  # torch's GELU has none of the tail
-    assert ((made - exact).abs() <= exact.abs() * 2**-8 + 1e-38)[:-1].all() and made[-1] == math.inf
+    assert ((made - exact).abs() <= exact.abs() * 2**-8 + 1e-38)[:-1].all() and made[-1] == number[-1]
     assert GatedLinear(linear, PLAN)(x * math.nan).isnan().all()
 
 

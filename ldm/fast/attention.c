@@ -9,10 +9,7 @@
    processor's bfloat16 products, two neighbours of the axis that is summed over share an element of 32 bits ("pairs");
    without them, bfloat16 is widened and computed with as float32. Scores, maxima, exponentials and sums are float32. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -22,17 +19,13 @@ enum { HAS_PAIRS = 0 };
 #endif
 
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 8, VECTORS = 3 }; /* ROWS * VECTORS sums stay in the 32 registers; of 16, 12 do */
-#elif defined(__AVX2__)
-enum { LANES = 8, ROWS = 4, VECTORS = 3 };
+enum { ROWS = 8, VECTORS = 3 }; /* ROWS * VECTORS sums stay in the 32 registers; of 16, 12 do */
 #else
-#error "no vectors to speak of: torch's own kernel is as quick"
+enum { ROWS = 4, VECTORS = 3 };
 #endif
 enum { QUERIES = LANES * VECTORS, KEYS = 128 }; /* of a block */
 enum { DEPTH = 64 }; /* features of a partial sum: the error grows with it, rather than with the width */
 
-typedef float vector __attribute__((vector_size(LANES * 4)));
-typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef struct { int64_t batch, head, row; } strides; /* in elements; the features of a row are neighbours */
 
 typedef struct {
@@ -42,8 +35,6 @@ typedef struct {
     strides of_query, of_key, of_value, of_out;
     int64_t parts; /* that the queries of each head are computed in */
 } call;
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* ---- elements ---- */
 
@@ -77,26 +68,6 @@ INLINE const void *row_of(const call *c, int bfloat, const void *tensor, strides
 }
 
 /* ---- vectors ---- */
-
-INLINE vector larger(vector a, vector b) { /* b where either is NaN */
-    integers more = a > b;
-    return (vector)((more & (integers)a) | (~more & (integers)b));
-}
-
-/* 2^x for x <= 0, to 8e-8 of itself; NaN of NaN. x = n + f, |f| <= 1/2, and the polynomial is that of degree 6 with the least
-   relative error there, 1.9e-9 before rounding. */
-INLINE vector power(vector x) {
-    const float magic = 12582912.0f + 127.0f; /* with 1.5 * 2^23 added, a number's last bits are the nearest integer */
-    x = larger((vector){} - 126.0f, x);
-    vector shifted = x + magic, f = x - (shifted - magic);
-    vector y = f * 1.53458119e-4f + 1.33999312e-3f;
-    y = y * f + 9.61848896e-3f;
-    y = y * f + 5.55032878e-2f;
-    y = y * f + 2.40226469e-1f;
-    y = y * f + 6.93147206e-1f;
-    y = y * f + 1.0f;
-    return y * (vector)((integers)shifted << 23);
-}
 
 #if defined(__AVX512BF16__)
 /* Two vectors, rounded, as one of pairs: in each lane, the first's in the lower half, the second's in the upper. */

@@ -100,21 +100,20 @@ class Normalised(nn.Module):
         """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own. addend: as the result, which it is added
         to."""
         if isinstance(self.conv, TiledConvolution):
-            return self.conv(self.norm(x), bias, addend=addend)
+            return self.conv(x, bias, self.norm.writing(x), addend)
         y = self._convolved(x, bias)
         return y if addend is None else y.add_(addend)
 
     def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        precise = x.dtype in WIDE  # as the moments of bands, sums of sums, ask for
-        if isinstance(self.conv, Winograd) and precise:
-            return self.conv(x, bias, self.norm.banded(x))
-        if x.device.type == "cpu" and precise and x.numel() >= BANDED:
+        if isinstance(self.conv, Winograd) and self.norm.by_parts:
+            return self.conv(x, bias, self.norm.writing(x))
+        if x.device.type == "cpu" and self.norm.by_parts and x.numel() >= BANDED:
             return self._banded(x, bias)
         return self.conv(self.norm(x), bias)
 
     def _banded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         b, c, h, w = x.shape
-        pixels, write, rows = x.permute(0, 2, 3, 1), self.norm.banded(x), max(1, BAND // (b * w * c))
+        pixels, write, rows = x.permute(0, 2, 3, 1), self.norm.writing(x), max(1, BAND // (b * w * c))
         y = x.new_empty(b, h, w, self.bias.shape[0])
         for top in range(0, h, rows):
             count = min(rows, h - top)
@@ -127,8 +126,8 @@ class Upsampling(nn.Module):
     """Nearest upsampling to twice the size, then the 3x3 convolution `conv`. Exact but for rounding.
 
     Of the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications
-    of nine remain: a matrix engine makes each quarter of the pixels for itself (`products.py`), elsewhere all are one transposed
-    convolution, 4x4, stride 2. Winograd's transform in C reads each pixel as four instead.
+    of nine remain: a matrix engine makes each quarter of the pixels for itself (`products.py`), elsewhere all are one
+    transposed convolution, 4x4, stride 2. Winograd's transform in C reads each pixel as four instead.
     """
 
     # Which of the three taps of one axis each of the four is the sum of.

@@ -38,8 +38,8 @@ def padded(x: Tensor, top: int, height: int, left: int, width: int, write: Write
 
 
 def as_many(x: Tensor, count: int) -> Tensor:
-    """x (b, ...) repeated to `count` samples, if it has fewer."""
-    return x if x.shape[0] == count else x.repeat(count // x.shape[0], *(1,) * (x.ndim - 1))
+    """x (b, ...) repeated to `count` samples, if it has fewer. A map stays channels_last, as `repeat` would not leave it."""
+    return x if x.shape[0] == count else torch.cat([x] * (count // x.shape[0]))
 
 
 def same_norm(norm: nn.GroupNorm | nn.LayerNorm, dtype: torch.dtype) -> nn.Module:

@@ -1,4 +1,4 @@
-"""`attention.c` and `winograd.c` for tensors: what a CPU does where a C compiler is at hand (`compiling.py`).
+"""`attention.c`, `winograd.c` and `normalisation.c` for tensors: what a CPU does where there is a C compiler (`compiling.py`).
 
 On a processor with AVX-512, torch's own attention takes 2.3 times as long for Stable Diffusion v1's largest shape in float32,
 3.7 times in bfloat16, with the same error; with AVX2 alone, 1.2 and 1.4 times. Direct convolutions of its maps of 16 x 16 and
@@ -17,7 +17,8 @@ ATTENTION = {torch.float32: "attention_float", torch.bfloat16: "attention_bfloat
 WINOGRAD = {torch.float32: "winograd_float", torch.bfloat16: "winograd_bfloat16"}
 WIDTHS = 8  # heads' widths are multiples of
 WIDEST_TILED = 80  # a head for which a matrix engine's kernel is quicker than torch's
-CHANNELS, OUTPUTS = 16, 64  # a convolution's are multiples of
+CHANNELS, OUTPUTS = 16, 64  # a convolution's are multiples of; a norm's channels too
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
@@ -76,6 +77,35 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if getattr(_attention(query.dtype), ATTENTION[query.dtype])(call):
         raise MemoryError(f"no memory for attention to {m} keys of width {d}")
     return out
+
+
+def normalises(channels: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for GroupNorm and SiLU of so many channels in dtype."""
+    return dtype in TYPES and channels % CHANNELS == 0 and compiling.library("normalisation") is not None
+
+
+def moments(pixels: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm of pixels (b, h, w, c), contiguous, as what is multiplied by and what is then added: (2, b, c), float32.
+    weight, bias: (c,), float32."""
+    b, h, w, c = pixels.shape
+    found = torch.empty(2, b, c)
+    pointers = (one.data_ptr() for one in (pixels, weight, bias, *found))
+    call = _Moments(*pointers, b, h * w, c, groups, eps)
+    if getattr(compiling.library("normalisation"), f"moments_{TYPES[pixels.dtype]}")(ctypes.byref(call)):
+        raise MemoryError(f"no memory for the moments of {c} channels")
+    return found
+
+
+class _Moments(ctypes.Structure):
+    _fields_ = [(f"_{i}", ctypes.c_int64) for i in range(9)] + [("eps", ctypes.c_double)]
+
+
+def normalise(part: Tensor, found: Tensor, out: Tensor) -> None:
+    """silu of any part of a map (b, h, w, c) by its `moments`, -> out, as large."""
+    part = part if part.stride(3) == 1 else part.contiguous()
+    pointers = (one.data_ptr() for one in (part, out, *found))
+    call = (ctypes.c_int64 * 14)(*pointers, *part.shape, *part.stride()[:3], *out.stride()[:3])
+    getattr(compiling.library("normalisation"), f"normalise_{TYPES[part.dtype]}")(call)
 
 
 def kernels(taps: Tensor) -> Tensor:

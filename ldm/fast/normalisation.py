@@ -9,32 +9,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.fast import native
 from ldm.fast.maps import Write
 from ldm.fast.plan import Plan
 
+WIDE = (torch.float32, torch.float64)
 BAND = 1 << 19  # elements whose squares are summed at a time: what stays in a core's cache
 
 
 class GroupNormSiLU(nn.Module):
-    """silu(group_norm(x)): (b, c, h, w) -> (b, c, h, w), channels_last. On a GPU in Triton, where that is installed."""
+    """silu(group_norm(x)): (b, c, h, w) -> (b, c, h, w), channels_last. On a GPU in Triton, where that is installed; on a CPU
+    in C, where there is a compiler."""
 
     def __init__(self, norm: nn.GroupNorm, plan: Plan):
         super().__init__()
         self.groups, self.eps = norm.num_groups, norm.eps
         self.weight, self.bias = (tensor.detach().to(plan.dtype) for tensor in (norm.weight, norm.bias))
-        self.kernel = None
+        self.kernel, self.native = None, False
         if plan.kernels and self.weight.is_cuda and plan.dtype != torch.float64 and importlib.util.find_spec("triton"):
             from ldm.fast.kernels import group_norm_silu
 
             self.kernel = group_norm_silu
+        if plan.kernels and self.weight.device.type == "cpu" and native.normalises(norm.num_channels, plan.dtype):
+            self.native, self.wide = True, (norm.weight.detach().float(), norm.bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(x, self.groups, self.weight, self.bias, self.eps)
+        if self.native:
+            out = torch.empty_like(x, memory_format=torch.channels_last)
+            self.writing(x)(x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1))
+            return out
         return F.silu(F.group_norm(x, self.groups, self.weight, self.bias, self.eps), inplace=True)
 
-    def banded(self, x: Tensor) -> Write:
-        """The same of any part of x (b, c, h, w), float32 or float64, where all of it at once would take too much room."""
+    @property
+    def by_parts(self) -> bool:
+        """Whether moments are found precisely enough for the norm to be applied to one part after the other."""
+        return self.native or self.weight.dtype in WIDE
+
+    def writing(self, x: Tensor) -> Write:
+        """The same of any part of x (b, c, h, w), where `by_parts`: all of it at once would take room, and another copy."""
+        if self.native:
+            found = native.moments(x.permute(0, 2, 3, 1).contiguous(), self.groups, *self.wide, self.eps)
+            return lambda part, out: native.normalise(part, found, out)
         b, c, h, w = x.shape
         pixels, rows = x.permute(0, 2, 3, 1), max(1, BAND // (b * c * w))
         total = torch.zeros(2, b, c, dtype=torch.float64, device=x.device)  # of values and of squares

@@ -10,16 +10,12 @@
    The products are those of Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3): a tile
    of results in the registers, and what it is multiplied with read from end to end. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, VECTORS = 4, ROWS = 6 }; /* ROWS * VECTORS sums stay in the 32 registers; of 16, 12 do */
-#elif defined(__AVX2__)
-enum { LANES = 8, VECTORS = 2, ROWS = 6 };
+enum { VECTORS = 4, ROWS = 6 }; /* ROWS * VECTORS sums stay in the 32 registers; of 16, 12 do */
 #else
-#error "no vectors to speak of"
+enum { VECTORS = 2, ROWS = 6 };
 #endif
 enum {
     OUT = 4, SIDE = 6, TAPS = 9,
@@ -38,13 +34,6 @@ enum {
 #define LARGE (3.0 / 2.0)
 #define F(x) ((float)(x))
 
-typedef float vector __attribute__((vector_size(LANES * 4)));
-typedef uint32_t integers __attribute__((vector_size(LANES * 4)));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias)); /* wherever a number may be */
-
-#define INLINE static inline __attribute__((always_inline))
-
 typedef struct {
     const void *pixels;  /* (images, OUT rows / scale + 2, OUT columns / scale + 2, channels), contiguous */
     const void *kernels; /* (outputs / BLOCK, channels, TAPS, BLOCK) */
@@ -55,28 +44,6 @@ typedef struct {
     int64_t scale; /* 2: each pixel inside the padding is to be four */
     int64_t out_image, out_row; /* strides of out, in elements */
 } call;
-
-INLINE vector load(const float *from) { return (vector)*(const loose *)from; }
-INLINE void store(float *to, vector x) { *(loose *)to = (loose)x; }
-
-/* LANES elements of either type, from element `at` on. */
-INLINE vector read_elements(int bfloat, const void *from, int64_t at) {
-    if (!bfloat) return load((const float *)from + at);
-    halves short_ones;
-    memcpy(&short_ones, (const uint16_t *)from + at, sizeof short_ones);
-    return (vector)(__builtin_convertvector(short_ones, integers) << 16);
-}
-
-INLINE void write_elements(int bfloat, void *to, int64_t at, vector x) {
-    if (!bfloat) {
-        store((float *)to + at, x);
-        return;
-    }
-    integers bits = (integers)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
-    integers nan = (integers)(x != x);
-    halves short_ones = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), halves);
-    memcpy((uint16_t *)to + at, &short_ones, sizeof short_ones);
-}
 
 /* B^T d, d of every `step` from `from` on. */
 INLINE void transform_input(const vector *d, int step, vector *to, int to_step) {

@@ -76,8 +76,8 @@ def transform_outputs(m: Tensor, out: list[Tensor]) -> None:
 
 
 def multiply(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """inputs (36, tiles, c), kernel (36, c, o) -> (36, tiles, o), summed by parts of the channels: where a library sums one after
-    the other, the error grows with the number of a part, rather than of all."""
+    """inputs (36, tiles, c), kernel (36, c, o) -> (36, tiles, o), summed by parts of the channels: where a library sums one
+    after the other, the error grows with the number of a part, rather than of all."""
     sums = None
     for some, part in zip(inputs.split(CHANNELS, dim=2), kernel.split(CHANNELS, dim=1), strict=True):
         sums = torch.bmm(some, part) if sums is None else sums.baddbmm_(some, part)
