@@ -193,7 +193,7 @@ def test_silu_of_any_number():
     found, made = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)]), torch.empty_like(x)
     native.normalise(x, found, made)
     torch.testing.assert_close(made, F.silu(x.double()).float(), rtol=5e-6, atol=1e-30)  # of -80: 2^115 with 24 bits of 115
-    assert (made - F.silu(x.double()))[x.abs() < 15].abs().max() < 1e-6
+    assert (made - F.silu(x.double()))[x.abs() < 8].abs().max() < 1e-6
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@
 #include "amx.h"
 
 enum { QUERIES = 2 * SIDE, KEYS = 128, BLOCKS = 8 }; /* of a block; blocks of queries that share what is read of keys and values */
+#define LIMIT 1e12f /* of a sum of weights */
 
 typedef struct { int64_t batch, head, row; } strides; /* in elements; the features of a row are neighbours */
 
@@ -61,49 +62,78 @@ static void pack_queries(const call *c, int64_t head, int64_t first, int64_t cou
 
 /* ---- attention ---- */
 
-/* scores [key][QUERIES] of `count` keys, and of what fills the last 32. */
-INLINE void score(int64_t count, int64_t steps, const uint16_t *keys, const uint16_t *queries, float *scores) {
-    for (int64_t k = 0; k < count; k += 2 * SIDE, keys += 2 * steps * TILE, scores += 2 * SIDE * QUERIES) {
-        zero_sums();
-        for (int64_t i = 0; i < steps; i++) {
-            const uint16_t *b = queries + i * 2 * TILE;
-            add_products(keys + i * TILE, STEP, keys + (steps + i) * TILE, b, b + TILE);
-        }
-        store_sums(scores, QUERIES);
+/* scores [key][QUERIES] of 32 keys. */
+INLINE void score(int64_t steps, const uint16_t *keys, const uint16_t *queries, float *scores) {
+    zero_sums();
+    for (int64_t i = 0; i < steps; i++) {
+        const uint16_t *b = queries + i * 2 * TILE;
+        add_products(keys + i * TILE, STEP, keys + (steps + i) * TILE, b, b + TILE);
     }
+    store_sums(scores, QUERIES);
 }
 
-INLINE __m512 larger(__m512 a, __m512 b) { return _mm512_max_ps(a, b); } /* b where either is NaN */
-
-/* Scores [key][QUERIES] of 16 queries -> weights 2^(scale score - offset), rounded, [step of 32 keys][2][TILE]. offset, total:
-   the largest scale score, and the sum, of what came before, and now of this too. Returns what all before is to be multiplied
-   by. */
-INLINE __m512 exponentials(int64_t count, float scale, const float *scores, uint16_t *weights, __m512 *offset, __m512 *total) {
-    __m512 most[4], sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, by = _mm512_set1_ps(scale);
+/* The largest of `count` scores [key][QUERIES] of each of 16 queries; NaN where the last is that. */
+INLINE __m512 largest(int64_t count, const float *scores) {
+    __m512 most[4];
     int64_t k = 0;
     for (int i = 0; i < 4; i++) most[i] = _mm512_set1_ps(-INFINITY);
     for (; k + 4 <= count; k += 4)
-        for (int i = 0; i < 4; i++) most[i] = larger(most[i], _mm512_load_ps(scores + (k + i) * QUERIES));
-    for (; k < count; k++) most[0] = larger(most[0], _mm512_load_ps(scores + k * QUERIES));
-    __m512 largest = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-    largest = larger(*offset, _mm512_mul_ps(largest, by));
-    __m512 shrunk = power(_mm512_sub_ps(*offset, largest));
-    for (k = 0; k + 2 <= count; k += 2) {
-        __m512 one = power(_mm512_fmsub_ps(_mm512_load_ps(scores + k * QUERIES), by, largest));
-        __m512 two = power(_mm512_fmsub_ps(_mm512_load_ps(scores + (k + 1) * QUERIES), by, largest));
-        sums[0] = _mm512_add_ps(sums[0], one);
-        sums[1] = _mm512_add_ps(sums[1], two);
-        _mm512_store_si512(weights + k / STEP * 2 * TILE + k % STEP * SIDE, paired(one, two));
+        for (int i = 0; i < 4; i++) most[i] = _mm512_max_ps(most[i], _mm512_load_ps(scores + (k + i) * QUERIES));
+    for (; k < count; k++) most[0] = _mm512_max_ps(most[0], _mm512_load_ps(scores + k * QUERIES));
+    return _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
+}
+
+/* Scores [key][QUERIES] of 16 queries and `count` keys of 32 -> weights 2^(scale score - offset), rounded, TILE. Returns sum, and
+   the weights, before they are rounded, added to it. */
+INLINE __m512 exponentials(int64_t count, float scale, const float *scores, __m512 offset, uint16_t *weights, __m512 sum) {
+    __m512 by = _mm512_set1_ps(scale), other = _mm512_setzero_ps();
+    for (int64_t k = 0; k < STEP; k += 2) {
+        __m512 one = _mm512_setzero_ps(), two = one;
+        if (k < count) one = power(_mm512_fmsub_ps(_mm512_load_ps(scores + k * QUERIES), by, offset));
+        if (k + 1 < count) two = power(_mm512_fmsub_ps(_mm512_load_ps(scores + (k + 1) * QUERIES), by, offset));
+        sum = _mm512_add_ps(sum, one);
+        other = _mm512_add_ps(other, two);
+        _mm512_store_si512(weights + k * SIDE, paired(one, two));
     }
-    for (; k < whole(count, STEP); k += 2) {
-        __m512 one = _mm512_setzero_ps();
-        if (k < count) one = power(_mm512_fmsub_ps(_mm512_load_ps(scores + k * QUERIES), by, largest));
-        sums[0] = _mm512_add_ps(sums[0], one);
-        _mm512_store_si512(weights + k / STEP * 2 * TILE + k % STEP * SIDE, paired(one, _mm512_setzero_ps()));
+    return _mm512_add_ps(sum, other);
+}
+
+/* What is known of 32 queries: their weights are 2^(scale score - offset), and those so far sum up to the totals. */
+typedef struct { __m512 offsets[2], totals[2]; } softmax;
+
+/* The same with the largest score there is for an offset, and all before, `results` [feature][QUERIES], brought to it. */
+static void weigh_anew(int64_t count, float scale, const float *scores, uint16_t *weights, softmax *of, int64_t width, float *results) {
+    for (int v = 0; v < 2; v++, scores += SIDE, weights += TILE, results += SIDE) {
+        __m512 most = _mm512_mul_ps(largest(count, scores), _mm512_set1_ps(scale)), now = _mm512_max_ps(of->offsets[v], most);
+        __m512 shrunk = power(_mm512_sub_ps(of->offsets[v], now)), sum = _mm512_mul_ps(of->totals[v], shrunk);
+        for (int64_t f = 0; f < width; f++)
+            _mm512_store_ps(results + f * QUERIES, _mm512_mul_ps(_mm512_load_ps(results + f * QUERIES), shrunk));
+        for (int64_t k = 0; k < count; k += STEP)
+            sum = exponentials(count - k, scale, scores + k * QUERIES, now, weights + k / STEP * 2 * TILE, sum);
+        of->offsets[v] = now;
+        of->totals[v] = sum;
     }
-    *offset = largest;
-    *total = _mm512_fmadd_ps(*total, shrunk, _mm512_add_ps(sums[0], sums[1]));
-    return shrunk;
+}
+
+/* The weights of `count` keys, [step of 32 keys][2][TILE]. Any offset gives the same quotients, as long as nothing overflows, nor
+   all underflows: so the largest of the first scores stays the offset until weights are larger than LIMIT, and while the engine
+   multiplies for the next 32 keys, the exponentials of those before are found. scores: room for `count` keys. */
+INLINE void weigh(int first, int64_t count, float scale, int64_t steps, const uint16_t *keys, const uint16_t *queries, float *scores,
+                  uint16_t *weights, softmax *of, int64_t width, float *results) {
+    softmax next = *of;
+    score(steps, keys, queries, scores);
+    for (int64_t k = 0; k < count; k += STEP) {
+        if (k + STEP < count) score(steps, keys + (k + STEP) / SIDE * steps * TILE, queries, scores + (k + STEP) * QUERIES);
+        for (int v = 0; v < 2 && !first; v++)
+            next.totals[v] = exponentials(count - k, scale, scores + k * QUERIES + v * SIDE, of->offsets[v],
+                                          weights + (k / STEP * 2 + v) * TILE, next.totals[v]);
+    }
+    __mmask16 large = 0;
+    for (int v = 0; v < 2; v++) large |= _mm512_cmp_ps_mask(next.totals[v], _mm512_set1_ps(LIMIT), _CMP_GT_OQ);
+    if (first || large)
+        weigh_anew(count, scale, scores, weights, of, width, results);
+    else
+        *of = next;
 }
 
 /* results [feature][QUERIES] += values by weights, of a block of `steps` of the values' `of_values` steps. */
@@ -132,15 +162,13 @@ INLINE void mix(int64_t features, int64_t steps, int64_t of_values, const uint16
     }
 }
 
-typedef struct { __m512 offsets[2], totals[2]; } sums;
-
 /* `blocks` of queries, and all keys and values: -> results [block][feature][QUERIES]. Each block of keys and values is read from
    the second level of cache once for all of them. */
 INLINE void attend(const call *c, int64_t blocks, const uint16_t *keys, const uint16_t *values, const uint16_t *queries, float *scores,
                    uint16_t *weights, float *results) {
     int64_t steps = whole(c->width, STEP) / STEP, features = whole(c->width, SIDE), of_values = whole(c->keys, STEP) / STEP;
     float scale = (float)(M_LOG2E / sqrt((double)c->width));
-    sums of[BLOCKS];
+    softmax of[BLOCKS];
     for (int64_t b = 0; b < blocks; b++)
         for (int v = 0; v < 2; v++) of[b].offsets[v] = _mm512_set1_ps(-INFINITY), of[b].totals[v] = _mm512_setzero_ps();
     memset(results, 0, blocks * features * QUERIES * 4);
@@ -148,15 +176,8 @@ INLINE void attend(const call *c, int64_t blocks, const uint16_t *keys, const ui
         int64_t count = c->keys - first < KEYS ? c->keys - first : KEYS;
         for (int64_t b = 0; b < blocks; b++) {
             float *result = results + b * features * QUERIES;
-            __m512 shrunk[2];
-            score(count, steps, keys + first / SIDE * steps * TILE, queries + b * steps * 2 * TILE, scores);
-            for (int v = 0; v < 2; v++)
-                shrunk[v] = exponentials(count, scale, scores + v * SIDE, weights + v * TILE, of[b].offsets + v, of[b].totals + v);
-            for (int64_t f = 0; f < c->width; f++)
-                for (int v = 0; v < 2; v++) {
-                    float *at = result + f * QUERIES + v * SIDE;
-                    _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrunk[v]));
-                }
+            weigh(!first, count, scale, steps, keys + first / SIDE * steps * TILE, queries + b * steps * 2 * TILE, scores, weights,
+                  of + b, c->width, result);
             mix(features, whole(count, STEP) / STEP, of_values, values + first / STEP * TILE, weights, result);
         }
     }

@@ -11,6 +11,7 @@
 #include "amx.h"
 
 enum { PANEL = 2 * SIDE, ROWS = 640, DEPTH = 1024, TAPS = 9, DEPTH_OF_TAPS = 256 };
+enum { LARGE = 1 << 21 };   /* elements of results that no cache of a core will keep for whoever reads them */
 enum { WEIGHTS = 1 << 18 }; /* elements of a group's, of a part of the features */
 
 typedef struct {
@@ -52,8 +53,8 @@ INLINE void place_rows(const call *c, int64_t first, int64_t *places) {
     }
 }
 
-/* 32 rows of sums, [row][PANEL] -> out. */
-INLINE void finish(const call *c, const int64_t *places, int64_t panel, const float *sums) {
+/* 32 rows of sums, [row][PANEL] -> out; past: the caches. */
+INLINE void finish(const call *c, int past, const int64_t *places, int64_t panel, const float *sums) {
     int64_t first = panel * PANEL, at = c->gated ? first / 2 : first, left = c->gated ? SIDE : c->columns - first;
     __mmask32 inside = left >= PANEL ? 0xffffffff : (1u << left) - 1;
     __m512 bias = _mm512_loadu_ps(c->bias + first), other = _mm512_loadu_ps(c->bias + first + SIDE);
@@ -66,13 +67,19 @@ INLINE void finish(const call *c, const int64_t *places, int64_t panel, const fl
             one = _mm512_add_ps(one, widened(_mm512_castsi512_si256(more)));
             two = _mm512_add_ps(two, widened(_mm512_extracti64x4_epi64(more, 1)));
         }
-        _mm512_mask_storeu_epi16(c->out + places[r] + at, inside, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two, one);
+        if (past)
+            _mm512_stream_si512((void *)(c->out + places[r] + at), both);
+        else
+            _mm512_mask_storeu_epi16(c->out + places[r] + at, inside, both);
     }
 }
 
 /* Rows `first` to `last`, panels `from` to `to`. sums: [32 rows][panel][row][PANEL]; few: room for 32 rows of a part of the features. */
 static void multiply(const call *c, int64_t first, int64_t last, int64_t from, int64_t to, float *sums, uint16_t *few) {
     int64_t depth = c->taps > 1 ? DEPTH_OF_TAPS : DEPTH, steps = c->depth / STEP;
+    int whole = !c->gated && c->columns % PANEL == 0 && c->out_pixel % PANEL == 0 && (uintptr_t)c->out % 64 == 0; /* lines */
+    int past = whole && c->rows * c->columns >= LARGE;
     for (int64_t start = 0; start < c->depth; start += depth) {
         int64_t end = start + depth < c->depth ? start + depth : c->depth;
         for (int64_t row = first; row < last; row += 2 * SIDE)
@@ -85,7 +92,7 @@ static void multiply(const call *c, int64_t first, int64_t last, int64_t from, i
                 if (end == c->depth) {
                     place_rows(c, row, places);
                     for (int r = 0; r < 2 * SIDE; r++) /* so that what is written to is in the cache by then */
-                        if (places[r] >= 0) __builtin_prefetch(c->out + places[r] + panel * PANEL / (c->gated ? 2 : 1), 1);
+                        if (!past && places[r] >= 0) __builtin_prefetch(c->out + places[r] + panel * PANEL / (c->gated ? 2 : 1), 1);
                 }
                 if (row + 2 * SIDE > c->readable) { /* of a linear layer: the rest are zeros */
                     stride = end - start;
@@ -104,7 +111,7 @@ static void multiply(const call *c, int64_t first, int64_t last, int64_t from, i
                         add_products(a, stride, a + SIDE * stride, weights, weights + TILE);
                     }
                 store_sums(place, PANEL);
-                if (end == c->depth) finish(c, places, panel, place);
+                if (end == c->depth) finish(c, past, places, panel, place);
             }
     }
 }

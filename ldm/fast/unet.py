@@ -49,7 +49,8 @@ class Residual(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """`FeedForward`, on a CPU in parts, so that its inside, four times as wide as its input, stays in the caches."""
+    """`FeedForward`, on a CPU without a matrix engine in parts, so that its inside, four times as wide as its input, stays in
+    the caches."""
 
     def __init__(self, block: FeedForward, plan: Plan):
         super().__init__()
@@ -59,7 +60,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor, addend: Tensor) -> Tensor:
         """x, addend (b, n, d) -> (b, n, d)."""
         rows = x.flatten(0, 1)
-        if x.device.type != "cpu" or len(rows) <= self.part:
+        if self.expand.tiled or x.device.type != "cpu" or len(rows) <= self.part:
             return self.reduce(self.expand(x), addend=addend)
         parts = zip(rows.split(self.part), addend.flatten(0, 1).split(self.part), strict=True)
         return torch.cat([self.reduce(self.expand(some), addend=more) for some, more in parts]).view_as(x)
