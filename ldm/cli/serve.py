@@ -1,4 +1,4 @@
-"""`ldm serve`: the HTTP API (extra `web`)."""
+"""`ldm serve`: the page and the HTTP API (extra `web`)."""
 
 import argparse
 import socket
@@ -10,8 +10,10 @@ from ldm.cli import options
 
 
 def add(commands: Any) -> None:
-    text = "an HTTP API"
-    about = "An HTTP API on the loopback address: /v1 (its own), /sdapi/v1 (as AUTOMATIC1111's). Stop with Ctrl-C."
+    text = "a page in the browser, and an HTTP API"
+    about = (
+        "A page on the loopback address, and an HTTP API: /v1 (its own), /sdapi/v1 (as AUTOMATIC1111's). Stop with Ctrl-C."
+    )
     command = commands.add_parser("serve", help=text, allow_abbrev=False, description=about)
     command.add_argument("--host", default="127.0.0.1", help="where to listen; beyond loopback a token is wanted")
     command.add_argument("--port", type=int, default=7860, help="(default 7860; 0 for any that is free)")
@@ -20,12 +22,13 @@ def add(commands: Any) -> None:
     command.add_argument("--queue", type=int, default=16, metavar="N", help="jobs that may wait (default 16)")
     command.add_argument("--most-pixels", type=int, metavar="N", help="of a picture that is made (default 1024 x 1024)")
     command.add_argument("--adapter-folder", type=Path, metavar="FOLDER", help="LoRAs that requests may name")
+    command.add_argument("--no-page", dest="page", action="store_false", help="the HTTP API alone, which needs no gradio")
     options.add_model(command, fast=True)
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+    if any(find_spec(name) is None for name in ("fastapi", "uvicorn", *(("gradio",) if args.page else ()))):
         raise ImportError("ldm serve needs the extra web; install it with: pip install 'ldm[web]'")
     for name, value, lowest, highest in (("port", args.port, 0, 65535), ("queue", args.queue, 1, 10_000)):
         if not lowest <= value <= highest:
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         names=tuple(args.allow_host),
         token=args.token,
         bound=args.queue,
+        page=args.page,
         limits=limits,
     )
     asked = server.with_token(asked)
@@ -55,7 +59,9 @@ def run(args: argparse.Namespace) -> None:
     with listener:
         components = options.load(args)
         host, port = f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1]
-        print(f"{components.name}: http://{host}:{port}/v1, described at /openapi.json", flush=True)
+        query = f"?token={asked.token}" if asked.token else ""
+        page = f"http://{host}:{port}/{query}, " if args.page else ""
+        print(f"{components.name}: {page}http://{host}:{port}/v1, described at /openapi.json", flush=True)
         if asked.token:
             print(f"token: {asked.token}", flush=True)
         server.server(components, asked).run(sockets=[listener])

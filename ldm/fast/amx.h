@@ -21,7 +21,11 @@
 
 enum { SIDE = 16, STEP = 32, TILE = SIDE * STEP }; /* rows, or columns; features of a product; elements of an A or B */
 
-typedef struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } __attribute__((aligned(64))) config;
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64))) config;
 
 /* Tiles as they are used here; returns how they were, which `end_tiles` brings back: other code may rely on it. */
 INLINE config begin_tiles(void) {
@@ -86,8 +90,8 @@ INLINE __m512 power(__m512 x) {
 
 /* Two vectors, rounded, as one of pairs: in each lane, the first's in the lower half, the second's in the upper. */
 INLINE __m512i paired(__m512 first, __m512 second) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 

@@ -26,7 +26,9 @@ enum { ROWS = 4, VECTORS = 3 };
 enum { QUERIES = LANES * VECTORS, KEYS = 128 }; /* of a block */
 enum { DEPTH = 64 }; /* features of a partial sum: the error grows with it, rather than with the width */
 
-typedef struct { int64_t batch, head, row; } strides; /* in elements; the features of a row are neighbours */
+typedef struct {
+    int64_t batch, head, row;
+} strides; /* in elements; the features of a row are neighbours */
 
 typedef struct {
     const void *query, *key, *value; /* (batch, heads, queries or keys, width) */
@@ -231,8 +233,7 @@ INLINE int attend_part(int bfloat, int pairs, const call *c, int64_t head, int64
 int attention_float(const call *c) {
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
-    for (int64_t i = 0; i < c->batch * c->heads * c->parts; i++)
-        failed |= attend_part(0, 0, c, i / c->parts, i % c->parts);
+    for (int64_t i = 0; i < c->batch * c->heads * c->parts; i++) failed |= attend_part(0, 0, c, i / c->parts, i % c->parts);
     return failed;
 }
 

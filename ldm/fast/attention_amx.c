@@ -1,15 +1,22 @@
 /* softmax(Q K^T / sqrt(d)) V in bfloat16 with a matrix engine (`amx.h`): what `attention.c` does, in the same order, with
    products of tiles.
 
-   Scores are kept as (keys, queries) and results as (features, queries), float32, so that the lanes of every vector are queries.
-   Keys and values are A, laid out once for each head; queries and exponentials, rounded, are B, for QUERIES at a time. */
+   Scores are kept as (keys, queries) and results as (features, queries), float32, so that the lanes of every vector are
+   queries. Keys and values are A, laid out once for each head; queries and exponentials, rounded, are B, for QUERIES at a time.
+ */
 
 #include "amx.h"
 
-enum { QUERIES = 2 * SIDE, KEYS = 128, BLOCKS = 8 }; /* of a block; blocks of queries that share what is read of keys and values */
+enum {
+    QUERIES = 2 * SIDE,
+    KEYS = 128,
+    BLOCKS = 8
+}; /* of a block; blocks of queries that share what is read of keys and values */
 #define LIMIT 1e12f /* of a sum of weights */
 
-typedef struct { int64_t batch, head, row; } strides; /* in elements; the features of a row are neighbours */
+typedef struct {
+    int64_t batch, head, row;
+} strides; /* in elements; the features of a row are neighbours */
 
 typedef struct {
     const uint16_t *query, *key, *value; /* (batch, heads, queries or keys, width) */
@@ -83,8 +90,8 @@ INLINE __m512 largest(int64_t count, const float *scores) {
     return _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
 }
 
-/* Scores [key][QUERIES] of 16 queries and `count` keys of 32 -> weights 2^(scale score - offset), rounded, TILE. Returns sum, and
-   the weights, before they are rounded, added to it. */
+/* Scores [key][QUERIES] of 16 queries and `count` keys of 32 -> weights 2^(scale score - offset), rounded, TILE. Returns sum,
+   and the weights, before they are rounded, added to it. */
 INLINE __m512 exponentials(int64_t count, float scale, const float *scores, __m512 offset, uint16_t *weights, __m512 sum) {
     __m512 by = _mm512_set1_ps(scale), other = _mm512_setzero_ps();
     for (int64_t k = 0; k < STEP; k += 2) {
@@ -99,10 +106,13 @@ INLINE __m512 exponentials(int64_t count, float scale, const float *scores, __m5
 }
 
 /* What is known of 32 queries: their weights are 2^(scale score - offset), and those so far sum up to the totals. */
-typedef struct { __m512 offsets[2], totals[2]; } softmax;
+typedef struct {
+    __m512 offsets[2], totals[2];
+} softmax;
 
 /* The same with the largest score there is for an offset, and all before, `results` [feature][QUERIES], brought to it. */
-static void weigh_anew(int64_t count, float scale, const float *scores, uint16_t *weights, softmax *of, int64_t width, float *results) {
+static void weigh_anew(int64_t count, float scale, const float *scores, uint16_t *weights, softmax *of, int64_t width,
+                       float *results) {
     for (int v = 0; v < 2; v++, scores += SIDE, weights += TILE, results += SIDE) {
         __m512 most = _mm512_mul_ps(largest(count, scores), _mm512_set1_ps(scale)), now = _mm512_max_ps(of->offsets[v], most);
         __m512 shrunk = power(_mm512_sub_ps(of->offsets[v], now)), sum = _mm512_mul_ps(of->totals[v], shrunk);
@@ -115,11 +125,11 @@ static void weigh_anew(int64_t count, float scale, const float *scores, uint16_t
     }
 }
 
-/* The weights of `count` keys, [step of 32 keys][2][TILE]. Any offset gives the same quotients, as long as nothing overflows, nor
-   all underflows: so the largest of the first scores stays the offset until weights are larger than LIMIT, and while the engine
-   multiplies for the next 32 keys, the exponentials of those before are found. scores: room for `count` keys. */
-INLINE void weigh(int first, int64_t count, float scale, int64_t steps, const uint16_t *keys, const uint16_t *queries, float *scores,
-                  uint16_t *weights, softmax *of, int64_t width, float *results) {
+/* The weights of `count` keys, [step of 32 keys][2][TILE]. Any offset gives the same quotients, as long as nothing overflows,
+   nor all underflows: so the largest of the first scores stays the offset until weights are larger than LIMIT, and while the
+   engine multiplies for the next 32 keys, the exponentials of those before are found. scores: room for `count` keys. */
+INLINE void weigh(int first, int64_t count, float scale, int64_t steps, const uint16_t *keys, const uint16_t *queries,
+                  float *scores, uint16_t *weights, softmax *of, int64_t width, float *results) {
     softmax next = *of;
     score(steps, keys, queries, scores);
     for (int64_t k = 0; k < count; k += STEP) {
@@ -137,7 +147,8 @@ INLINE void weigh(int first, int64_t count, float scale, int64_t steps, const ui
 }
 
 /* results [feature][QUERIES] += values by weights, of a block of `steps` of the values' `of_values` steps. */
-INLINE void mix(int64_t features, int64_t steps, int64_t of_values, const uint16_t *values, const uint16_t *weights, float *results) {
+INLINE void mix(int64_t features, int64_t steps, int64_t of_values, const uint16_t *values, const uint16_t *weights,
+                float *results) {
     for (int64_t f = 0; f < features; f += 2 * SIDE, values += 2 * of_values * TILE, results += 2 * SIDE * QUERIES) {
         if (f + SIDE < features) {
             load_sums(results, QUERIES);
@@ -162,10 +173,10 @@ INLINE void mix(int64_t features, int64_t steps, int64_t of_values, const uint16
     }
 }
 
-/* `blocks` of queries, and all keys and values: -> results [block][feature][QUERIES]. Each block of keys and values is read from
-   the second level of cache once for all of them. */
-INLINE void attend(const call *c, int64_t blocks, const uint16_t *keys, const uint16_t *values, const uint16_t *queries, float *scores,
-                   uint16_t *weights, float *results) {
+/* `blocks` of queries, and all keys and values: -> results [block][feature][QUERIES]. Each block of keys and values is read
+   from the second level of cache once for all of them. */
+INLINE void attend(const call *c, int64_t blocks, const uint16_t *keys, const uint16_t *values, const uint16_t *queries,
+                   float *scores, uint16_t *weights, float *results) {
     int64_t steps = whole(c->width, STEP) / STEP, features = whole(c->width, SIDE), of_values = whole(c->keys, STEP) / STEP;
     float scale = (float)(M_LOG2E / sqrt((double)c->width));
     softmax of[BLOCKS];
@@ -176,8 +187,8 @@ INLINE void attend(const call *c, int64_t blocks, const uint16_t *keys, const ui
         int64_t count = c->keys - first < KEYS ? c->keys - first : KEYS;
         for (int64_t b = 0; b < blocks; b++) {
             float *result = results + b * features * QUERIES;
-            weigh(!first, count, scale, steps, keys + first / SIDE * steps * TILE, queries + b * steps * 2 * TILE, scores, weights,
-                  of + b, c->width, result);
+            weigh(!first, count, scale, steps, keys + first / SIDE * steps * TILE, queries + b * steps * 2 * TILE, scores,
+                  weights, of + b, c->width, result);
             mix(features, whole(count, STEP) / STEP, of_values, values + first / STEP * TILE, weights, result);
         }
     }
@@ -209,18 +220,21 @@ static int attend_part(const call *c, int64_t head, int64_t index) {
     float *scores = aligned_alloc(64, (KEYS * QUERIES + map) * 4 + (KEYS * QUERIES + map + 2 * all) * 2);
     if (scores == NULL) return 1;
     float *results = scores + KEYS * QUERIES;
-    uint16_t *weights = (uint16_t *)(results + map), *queries = weights + KEYS * QUERIES, *keys = queries + map, *values = keys + all;
+    uint16_t *weights = (uint16_t *)(results + map), *queries = weights + KEYS * QUERIES, *keys = queries + map,
+             *values = keys + all;
     pack_keys(c, head, keys);
     pack_values(c, head, values);
     for (int64_t first = begin; first < end; first += BLOCKS * QUERIES) {
-        int64_t count = end - first < BLOCKS * QUERIES ? end - first : BLOCKS * QUERIES, blocks = whole(count, QUERIES) / QUERIES;
+        int64_t count = end - first < BLOCKS * QUERIES ? end - first : BLOCKS * QUERIES,
+                blocks = whole(count, QUERIES) / QUERIES;
         for (int64_t b = 0; b < blocks; b++) {
             int64_t some = count - b * QUERIES < QUERIES ? count - b * QUERIES : QUERIES;
             pack_queries(c, head, first + b * QUERIES, some, queries + b * width * QUERIES);
         }
         attend(c, blocks, keys, values, queries, scores, weights, results);
         for (int64_t q = 0; q < count; q++)
-            write_row(c->width, results + q / QUERIES * features * QUERIES + q % QUERIES, c->out + row_at(c, c->of_out, head, first + q));
+            write_row(c->width, results + q / QUERIES * features * QUERIES + q % QUERIES,
+                      c->out + row_at(c, c->of_out, head, first + q));
     }
     free(scores);
     return 0;

@@ -9,9 +9,9 @@
 enum { PIXELS = 128, PARTS = 64 }; /* of a partial sum in float32; of an image, at the most, whose sums are found at a time */
 
 typedef struct {
-    const void *pixels;        /* (images, pixels, channels), contiguous */
+    const void *pixels;         /* (images, pixels, channels), contiguous */
     const float *weight, *bias; /* (channels) */
-    float *scale, *offset;     /* (images, channels) */
+    float *scale, *offset;      /* (images, channels) */
     int64_t images, count, channels, groups;
     double eps;
 } moments_call;
@@ -106,5 +106,11 @@ INLINE void apply(int bfloat, const normalise_call *c) {
 
 int moments_float(const moments_call *c) { return find_moments(0, c); }
 int moments_bfloat16(const moments_call *c) { return find_moments(1, c); }
-int normalise_float(const normalise_call *c) { apply(0, c); return 0; }
-int normalise_bfloat16(const normalise_call *c) { apply(1, c); return 0; }
+int normalise_float(const normalise_call *c) {
+    apply(0, c);
+    return 0;
+}
+int normalise_bfloat16(const normalise_call *c) {
+    apply(1, c);
+    return 0;
+}

@@ -15,15 +15,15 @@ enum { LARGE = 1 << 21 };   /* elements of results that no cache of a core will 
 enum { WEIGHTS = 1 << 18 }; /* elements of a group's, of a part of the features */
 
 typedef struct {
-    const uint16_t *inputs;  /* [row][feature], `stride` elements a row */
-    const uint16_t *weights; /* [panel][step of 32 features][tap][2][TILE] */
-    const float *bias;       /* [column] */
-    const uint16_t *addend;  /* as `out`; or NULL */
-    uint16_t *out;           /* [map][down][across][column] */
+    const uint16_t *inputs;                               /* [row][feature], `stride` elements a row */
+    const uint16_t *weights;                              /* [panel][step of 32 features][tap][2][TILE] */
+    const float *bias;                                    /* [column] */
+    const uint16_t *addend;                               /* as `out`; or NULL */
+    uint16_t *out;                                        /* [map][down][across][column] */
     int64_t rows, readable, stride, depth, columns, taps; /* rows: of the product; readable: that `inputs` has */
     int64_t offsets[TAPS];                                /* tap t of row r reads row r + offsets[t] */
-    int64_t across, wide, down, high; /* rows are of maps of across x down pixels, of which wide x high are written */
-    int64_t out_map, out_row, out_pixel;                  /* in elements */
+    int64_t across, wide, down, high;    /* rows are of maps of across x down pixels, of which wide x high are written */
+    int64_t out_map, out_row, out_pixel; /* in elements */
     int64_t gated; /* the first half of each panel is multiplied by GELU of the second, and half as many columns written */
     int64_t threads;
 } call;
@@ -75,7 +75,8 @@ INLINE void finish(const call *c, int past, const int64_t *places, int64_t panel
     }
 }
 
-/* Rows `first` to `last`, panels `from` to `to`. sums: [32 rows][panel][row][PANEL]; few: room for 32 rows of a part of the features. */
+/* Rows `first` to `last`, panels `from` to `to`. sums: [32 rows][panel][row][PANEL]; few: room for 32 rows of a part of the
+ * features. */
 static void multiply(const call *c, int64_t first, int64_t last, int64_t from, int64_t to, float *sums, uint16_t *few) {
     int64_t depth = c->taps > 1 ? DEPTH_OF_TAPS : DEPTH, steps = c->depth / STEP;
     int whole = !c->gated && c->columns % PANEL == 0 && c->out_pixel % PANEL == 0 && (uintptr_t)c->out % 64 == 0; /* lines */
@@ -87,12 +88,14 @@ static void multiply(const call *c, int64_t first, int64_t last, int64_t from, i
                 const uint16_t *weights = c->weights + (panel * steps + start / STEP) * c->taps * 2 * TILE;
                 const uint16_t *inputs = c->inputs + row * c->stride + start;
                 float only[2 * SIDE * PANEL] __attribute__((aligned(64)));
-                float *place = c->depth > depth ? sums + ((row - first) * (to - from) + (panel - from) * 2 * SIDE) * PANEL : only;
+                float *place =
+                    c->depth > depth ? sums + ((row - first) * (to - from) + (panel - from) * 2 * SIDE) * PANEL : only;
                 int64_t stride = c->stride, places[2 * SIDE];
                 if (end == c->depth) {
                     place_rows(c, row, places);
                     for (int r = 0; r < 2 * SIDE; r++) /* so that what is written to is in the cache by then */
-                        if (!past && places[r] >= 0) __builtin_prefetch(c->out + places[r] + panel * PANEL / (c->gated ? 2 : 1), 1);
+                        if (!past && places[r] >= 0)
+                            __builtin_prefetch(c->out + places[r] + panel * PANEL / (c->gated ? 2 : 1), 1);
                 }
                 if (row + 2 * SIDE > c->readable) { /* of a linear layer: the rest are zeros */
                     stride = end - start;
@@ -137,7 +140,8 @@ int products(const call *c) {
             if (sums != NULL) {
                 int64_t first = i / groups * block, last = first + block < whole ? first + block : whole;
                 int64_t from = i % groups * group, to = from + group < panels ? from + group : panels;
-                multiply(c, first * 2 * SIDE, last * 2 * SIDE, from, to, sums, (uint16_t *)(sums + group * block * 2 * SIDE * PANEL));
+                multiply(c, first * 2 * SIDE, last * 2 * SIDE, from, to, sums,
+                         (uint16_t *)(sums + group * block * 2 * SIDE * PANEL));
             }
         free(sums);
         end_tiles(before);

@@ -22,7 +22,7 @@ typedef int32_t signed_integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias)); /* wherever a number may be */
 
-INLINE vector load(const float *from) { return (vector)*(const loose *)from; }
+INLINE vector load(const float *from) { return (vector) * (const loose *)from; }
 INLINE void store(float *to, vector x) { *(loose *)to = (loose)x; }
 
 /* LANES elements of either type, from element `at` on. */
@@ -49,8 +49,8 @@ INLINE vector larger(vector a, vector b) { /* b where either is NaN */
     return (vector)((more & (signed_integers)a) | (~more & (signed_integers)b));
 }
 
-/* 2^x for x <= 127, to 8e-8 of itself, and no less than 2^-126; NaN of NaN. x = n + f, |f| <= 1/2, and the polynomial is that of
-   degree 6 with the least relative error there, 1.9e-9 before rounding. */
+/* 2^x for x <= 127, to 8e-8 of itself, and no less than 2^-126; NaN of NaN. x = n + f, |f| <= 1/2, and the polynomial is that
+   of degree 6 with the least relative error there, 1.9e-9 before rounding. */
 INLINE vector power(vector x) {
     const float magic = 12582912.0f + 127.0f; /* with 1.5 * 2^23 added, a number's last bits are the nearest integer */
     x = larger((vector){} - 126.0f, x);

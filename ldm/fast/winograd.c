@@ -7,8 +7,8 @@
    transforms a row of the kernels at a time, for DEPTH input channels, into its own cache, multiplies with what is there, and
    transforms the results, which no other thread needs. The transformed kernels, four times the layer's, are never in memory.
 
-   The products are those of Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3): a tile
-   of results in the registers, and what it is multiplied with read from end to end. */
+   The products are those of Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3): a
+   tile of results in the registers, and what it is multiplied with read from end to end. */
 
 #include "vectors.h"
 
@@ -18,14 +18,16 @@ enum { VECTORS = 4, ROWS = 6 }; /* ROWS * VECTORS sums stay in the 32 registers;
 enum { VECTORS = 2, ROWS = 6 };
 #endif
 enum {
-    OUT = 4, SIDE = 6, TAPS = 9,
-    BLOCK = 64,                 /* output channels, in PANELS of COLUMNS */
+    OUT = 4,
+    SIDE = 6,
+    TAPS = 9,
+    BLOCK = 64, /* output channels, in PANELS of COLUMNS */
     COLUMNS = LANES * VECTORS,
     PANELS = BLOCK / COLUMNS,
-    DEPTH = 128,                /* input channels */
-    PARTIAL = 32,               /* of a partial sum: the error grows with it, rather than with all */
+    DEPTH = 128,  /* input channels */
+    PARTIAL = 32, /* of a partial sum: the error grows with it, rather than with all */
     TILES = 96,
-    SKEW = 16,                  /* floats between planes, which would else fall on one another in the caches */
+    SKEW = 16, /* floats between planes, which would else fall on one another in the caches */
     PLANE = TILES * DEPTH + SKEW,
     RESULTS = TILES * BLOCK + SKEW,
 };
@@ -41,7 +43,7 @@ typedef struct {
     void *out;           /* (images, OUT rows, OUT columns, outputs) */
     float *inputs;       /* room for (blocks of TILES, blocks of DEPTH, SIDE * SIDE, PLANE) */
     int64_t images, rows, columns, channels, outputs;
-    int64_t scale; /* 2: each pixel inside the padding is to be four */
+    int64_t scale;              /* 2: each pixel inside the padding is to be four */
     int64_t out_image, out_row; /* strides of out, in elements */
 } call;
 
@@ -71,7 +73,8 @@ INLINE void transform_output(const vector *m, int step, vector *to, int to_step)
 
 /* Row `row` of G g: of three values, the polynomial's at that point, over the product of its distances from the others. */
 INLINE vector at_point(int row, vector g0, vector g1, vector g2) {
-    const double small = 2 * SMALL * SMALL * (SMALL * SMALL - LARGE * LARGE), large = 2 * LARGE * LARGE * (LARGE * LARGE - SMALL * SMALL);
+    const double small = 2 * SMALL * SMALL * (SMALL * SMALL - LARGE * LARGE),
+                 large = 2 * LARGE * LARGE * (LARGE * LARGE - SMALL * SMALL);
     switch (row) {
     case 0: return F(1 / (SMALL * SMALL * LARGE * LARGE)) * g0;
     case 1: return F(1 / small) * g0 + F(SMALL * SMALL / small) * g2 + F(SMALL / small) * g1;

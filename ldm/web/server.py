@@ -1,4 +1,4 @@
-"""The application: APIs, health and metrics over one queue, behind the guard; and the process that serves it.
+"""The application: page, APIs, health and metrics over one queue, behind the guard; and the process that serves it.
 
 It listens on the loopback address unless told otherwise, and then wants a token. Nothing that a request names is looked for
 outside the model's and the adapters' folders; no address that a request names is ever visited.
@@ -33,13 +33,14 @@ CONNECTIONS = 128
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """host, port: where to listen. names: by which others call this server, beside the address itself. token: what clients must
-    show; drawn where it is None and the address is not loopback. bound: jobs that may wait."""
+    show; drawn where it is None and the address is not loopback. bound: jobs that may wait. page: whether there is one, at /."""
 
     host: str = "127.0.0.1"
     port: int = 7860
     names: tuple[str, ...] = ()
     token: str | None = None
     bound: int = 16
+    page: bool = True
     limits: Limits = field(default_factory=Limits)
 
 
@@ -77,6 +78,10 @@ def application(components: Components, options: Options) -> Guard:
     app.include_router(images_api.router(jobs, options.limits))
     app.include_router(a1111.router(jobs, options.limits))
     _add_health(app, jobs)
+    if options.page:
+        from ldm.web import page
+
+        page.mount(app, jobs, options.limits)
     hosts = frozenset(name.lower() for name in (*LOOPBACK, options.host, *options.names))
     return Guard(app, hosts=hosts, token=options.token)
 

@@ -1,0 +1,224 @@
+"""The page (gradio): the form of Stable Diffusion's model card, and views for those who study the model.
+
+It asks the same queue with the same checks as POST /v1/images: what is drawn and uploaded comes as data: URLs in `canvas.js`,
+what was made goes as PNGs with their receipts to `gallery.js`. Neither passes through gradio's files, so that no path or address
+of a client is ever looked up, and nothing is left on a disk.
+"""
+
+import base64
+import html
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from ldm.diffusion.conventions import SPACINGS
+from ldm.samplers import all_samplers
+from ldm.web import form
+from ldm.web.images_api import encoded
+from ldm.web.jobs import DONE, FAILED, RUNNING, WAITING, FullError, Job, Jobs
+from ldm.web.views import png
+
+HERE = Path(__file__).parent
+MOST_IMAGES, GUIDANCE = 4, (1, 20)  # of the card's form; the API takes more
+LOOK = 0.2  # seconds between two looks at a job
+OWN = "the sampler's own"
+ATTENTION, DENOISING = "Attention: which words drew which pixels", "Denoising: the estimate at each step"
+
+
+def mount(app: FastAPI, jobs: Jobs, limits: form.Limits) -> FastAPI:
+    """The same application with the page at /."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    told = {"theme": theme, "css_paths": [HERE / "page.css"], "footer_links": [], "run_history": False, "ssr_mode": False}
+    refused = {"allowed_paths": [], "max_file_size": 1, "enable_monitoring": False, "pwa": False, "mcp_server": False}
+    return gr.mount_gradio_app(app, blocks(jobs, limits), path="/", server_name="127.0.0.1", **told, **refused)
+
+
+def blocks(jobs: Jobs, limits: form.Limits) -> gr.Blocks:
+    """What is on the page, and what its buttons do."""
+    page = Page(jobs, limits)
+    with gr.Blocks(title=f"ldm: {jobs.components.name}", analytics_enabled=False, fill_width=True) as made:
+        gr.Markdown(f"# ldm\n{html.escape(jobs.components.name)}")
+        with gr.Row():
+            with gr.Column():
+                fields = page.form()
+            with gr.Column():
+                with gr.Row():
+                    start = gr.Button("Make pictures", variant="primary", elem_id="start")
+                    stop = gr.Button("Cancel", elem_id="stop")
+                told = gr.HTML("", elem_id="told")
+                preview = gr.HTML("", elem_id="preview")
+                with gr.Tabs():
+                    with gr.Tab("Pictures"):
+                        gallery = _component("gallery", value="")
+                    with gr.Tab("Attention"):
+                        attention = gr.HTML(_strip([], ATTENTION), elem_id="attention")
+                    with gr.Tab("Denoising"):
+                        denoising = gr.HTML(_strip([], DENOISING), elem_id="denoising")
+        current = gr.State("")
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        outputs = [current, told, preview, gallery, attention, denoising]
+        start.click(page.make, list(fields.values()), outputs, trigger_mode="once", concurrency_limit=None, **quiet)
+        stop.click(page.cancel, current, None, queue=False, **quiet)
+    return made.queue(max_size=64)
+
+
+def _component(name: str, **given: Any) -> gr.HTML:
+    """An empty box that `name`.js fills."""
+    script = (HERE / f"{name}.js").read_text(encoding="utf-8")
+    return gr.HTML(html_template=f'<div class="ldm-{name}"></div>', js_on_load=script, elem_id=name, **given)
+
+
+class Page:
+    """The form's components, and what happens to what is in them."""
+
+    def __init__(self, jobs: Jobs, limits: form.Limits):
+        self.jobs, self.limits, self.names = jobs, limits, []
+
+    def form(self) -> dict[str, Any]:
+        """The fields, by the names that `ImagesRequest` has for them, in the order in which `make` is given them."""
+        config = self.jobs.components
+        side = config.unet.config.sample_size * config.autoencoder.config.downsampling
+        found = {
+            "prompt": gr.Textbox(label="Prompt", lines=2, max_length=form.LONGEST_TEXT, elem_id="prompt"),
+            "negative_prompt": gr.Textbox(label="Negative prompt", max_length=form.LONGEST_TEXT, elem_id="negative_prompt"),
+        }
+        with gr.Row():
+            found["num_images"] = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", elem_id="num_images")
+            found["num_inference_steps"] = gr.Slider(1, form.MOST_STEPS, 25, step=1, label="Steps", elem_id="num_inference_steps")
+            found["guidance_scale"] = gr.Slider(*GUIDANCE, 7.5, step=0.1, label="Guidance", elem_id="guidance_scale")
+        with gr.Row():
+            found["width"] = gr.Number(None, label="Width", placeholder=f"{side}, or the image's", elem_id="width")
+            found["height"] = gr.Number(None, label="Height", placeholder=f"{side}, or the image's", elem_id="height")
+            found["seed"] = gr.Number(None, label="Seed", placeholder="drawn", elem_id="seed")
+        with gr.Row():
+            found["sampler"] = gr.Dropdown(list(all_samplers()), value="pndm", label="Sampler", elem_id="sampler")
+            found["spacing"] = gr.Dropdown([OWN, *SPACINGS], value=OWN, label="Schedule", elem_id="spacing")
+        found["use_compel"] = gr.Checkbox(False, label="Weighted prompts: (word)1.3, word++", elem_id="use_compel")
+        names = form.adapters(self.limits)
+        with gr.Row(visible=bool(names)):
+            found["loras"] = gr.Dropdown(names, value=[], multiselect=True, label="LoRAs", elem_id="loras")
+            found["coefficients"] = gr.Textbox(label="Coefficients", placeholder="1, 1, ...", elem_id="coefficients")
+        with gr.Accordion("Start from an image, or paint over what is to be made anew", open=False):
+            found["canvas"] = _component("canvas", value="")
+            found["strength"] = gr.Slider(0, 1, 0.8, step=0.01, label="Strength", elem_id="strength")
+        found["views"] = gr.CheckboxGroup([ATTENTION, DENOISING], label="Views", elem_id="views")
+        self.names = list(found)
+        return found
+
+    def make(self, *values: Any) -> Iterator[tuple]:
+        """Put a job in the queue and tell how it stands until it is over: (job, told, preview, gallery, attention, denoising)."""
+        given = dict(zip(self.names, values, strict=True))
+        keep = gr.skip()
+        try:
+            views = tuple(name for name, text in (("attention", ATTENTION), ("denoising", DENOISING)) if text in given["views"])
+            request = asked(given)
+            fields = form.fields_of(request, self.jobs.components, self.limits)
+            job = self.jobs.submit(form.task_of(request), fields, "page", views)
+        except (form.FieldError, FullError) as error:
+            where = f"{error.field}: " if isinstance(error, form.FieldError) else ""
+            yield "", _line(f"{where}{error}", "refused"), "", keep, keep, keep
+            return
+        try:
+            shown = None
+            while not job.over.wait(LOOK):
+                job.watch()
+                now = (self._stands(job), job.preview)
+                if now != shown:
+                    shown = now
+                    yield job.id, shown[0], _image(shown[1]), keep, keep, keep
+        finally:
+            self.jobs.cancel(job)  # of whoever has left; of one that is over nothing comes
+        if job.state == DONE:
+            views_made = _strip(job.attention, ATTENTION), _strip(job.denoising, DENOISING)
+            yield "", _line("done", "done"), "", _pictures(job), *views_made
+        else:
+            yield "", _line(job.error if job.state == FAILED else "cancelled", "refused"), "", keep, keep, keep
+
+    def cancel(self, job_id: str) -> None:
+        job = self.jobs.get(job_id)
+        if job is not None:
+            self.jobs.cancel(job)
+
+    def _stands(self, job: Job) -> str:
+        if job.state == WAITING:
+            return _line(f"waiting for {self.jobs.position(job)} before it", "busy")
+        if job.state != RUNNING or not job.steps:
+            return _line("begins", "busy")
+        return _line(f"step {job.step} of {job.steps}", "busy") + f'<progress max="1" value="{job.progress:.3f}"></progress>'
+
+
+def asked(given: dict[str, Any]) -> form.ImagesRequest:
+    """The request that the form's values are. Raises FieldError."""
+    named = {name: value for name, value in given.items() if name in form.ImagesRequest.model_fields and value is not None}
+    if named.get("spacing") == OWN:
+        del named["spacing"]
+    for name in ("width", "height", "seed"):
+        value = named.get(name)
+        if isinstance(value, float) and value.is_integer():
+            named[name] = int(value)
+    low, high = GUIDANCE
+    if not low <= named.get("guidance_scale", low) <= high:
+        raise form.FieldError("guidance_scale", f"guidance {named['guidance_scale']}; expected {low} to {high}")
+    if named.get("num_images", 1) > MOST_IMAGES:
+        raise form.FieldError("num_images", f"{named['num_images']} images; expected at most {MOST_IMAGES}")
+    named["loras"] = _loras(given["loras"] or [], given["coefficients"] or "")
+    try:
+        drawn = json.loads(given["canvas"] or "{}")
+        named |= {name: drawn[name] for name in ("image", "mask") if drawn.get(name)}
+    except (ValueError, AttributeError, TypeError):
+        raise form.FieldError("image", "the image is none that this page made; load it again") from None
+    if "mask" in named and named["strength"] == form.ImagesRequest.model_fields["strength"].default:
+        del named["strength"]  # for which inpainting has a default of its own
+    try:
+        return form.ImagesRequest(**named)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        received = f"{first['input']!r}"[:60]
+        raise form.FieldError(field, f"{received}; {first['msg'].lower()}") from None
+
+
+def _loras(names: list[str], coefficients: str) -> list[dict[str, Any]]:
+    words = coefficients.replace(",", " ").split()
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        raise form.FieldError("coefficients", f"{coefficients[:60]!r}; expected numbers, as 0.8, 1.2") from None
+    if numbers and len(numbers) != len(names):
+        raise form.FieldError("coefficients", f"{len(numbers)} of them for {len(names)} LoRAs; expected one each, or none")
+    return [{"name": name, "coefficient": number} for name, number in zip(names, numbers or [1.0] * len(names), strict=True)]
+
+
+def _line(text: str, kind: str) -> str:
+    return f'<p class="ldm-{kind}">{html.escape(text)}</p>'
+
+
+def _url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _image(data: bytes | None) -> str:
+    return f'<img alt="so far" src="{_url(data)}">' if data else ""
+
+
+def _strip(views: list[tuple[str, Any]], about: str) -> str:
+    figures = (
+        f'<figure><img alt="" src="{_url(png(picture))}"><figcaption>{html.escape(name)}</figcaption></figure>'
+        for name, picture in views
+    )
+    return f'<div class="ldm-strip">{"".join(figures)}</div>' if views else _line(f"{about}. Tick it under Views.", "hint")
+
+
+def _pictures(job: Job) -> str:
+    """What `gallery.js` adds: a JSON list; with the time, so that no two are the same."""
+    made = [
+        {"png": _url(data), "seed": receipt["seed"], "receipt": json.dumps(receipt, indent=2), "flagged": bool(verdict and verdict.flagged)}
+        for data, receipt, verdict in zip(encoded(job), job.result.receipts, job.result.safety, strict=True)
+    ]
+    return json.dumps({"at": time.time(), "pictures": made})
