@@ -14,7 +14,7 @@ from ldm.checkpoint import REQUIRED
 from ldm.fast import convolutions, memory, native, normalisation, winograd
 from ldm.fast.accelerate import accelerate
 from ldm.fast.autoencoder import FastAutoencoder
-from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.normalisation import GroupNorm
 from ldm.fast.plan import Plan
 from ldm.fast.unet import FastUNet
 from ldm.models.unet import UNet
@@ -125,7 +125,7 @@ def test_moments_of_bands_round_as_the_norm_itself(monkeypatch, mean, kernels):
     norm = seeded.fill(nn.GroupNorm(32, 320))
     x = (seeded.tensor("x", 2, 320, 24, 24) + mean).contiguous(memory_format=torch.channels_last)
     truth = F.silu(F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps))
-    ours, pixels = GroupNormSiLU(norm, Plan(dtype=torch.float32, kernels=kernels)), x.permute(0, 2, 3, 1)
+    ours, pixels = GroupNorm(norm, Plan(dtype=torch.float32, kernels=kernels)), x.permute(0, 2, 3, 1)
     made = torch.empty_like(pixels)
     ours.writing(x)(pixels, made)
     error, own = (relative_error(found, truth) for found in (made.permute(0, 3, 1, 2), F.silu(norm(x))))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.fast import compiling, native, winograd
 from ldm.fast.attention import ChosenAttention
-from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.normalisation import GroupNorm, LayerNorm
 from ldm.fast.plan import Plan
 from ldm.models.attention import attention, softmax_attention
 from tests import seeded
@@ -166,7 +166,7 @@ def test_convolutions_that_the_kernel_in_c_cannot_do_are_torch_s():
 def test_norms_in_c_are_as_exact_as_torch_s(b, c, groups, size, mean, dtype):
     """Sums are of 128 pixels, and of at most 64 parts of a map. A mean far from nothing costs nothing."""
     norm = seeded.fill(torch.nn.GroupNorm(groups, c)).to(dtype)
-    quick = GroupNormSiLU(norm, Plan(dtype=dtype))
+    quick = GroupNorm(norm, Plan(dtype=dtype))
     x = (seeded.tensor("x", b, c, *size) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
     exact = F.silu(F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps))
     made = quick(x)
@@ -186,12 +186,28 @@ def test_norms_in_c_are_as_exact_as_torch_s(b, c, groups, size, mean, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "mean"), [((2, 7, 320), 0.0), ((1, 1, 16), 5.0), ((3, 1280), 100.0)], ids=str)
+def test_norms_of_layers_and_without_silu(shape, mean, dtype):
+    layer = seeded.fill(torch.nn.LayerNorm(shape[-1])).to(dtype)
+    x = (seeded.tensor("x", *shape) + mean).to(dtype)
+    exact = F.layer_norm(x.double(), shape[-1:], layer.weight.double(), layer.bias.double(), layer.eps)
+    made, own = LayerNorm(layer, Plan(dtype=dtype))(x), F.layer_norm(x, shape[-1:], layer.weight, layer.bias, layer.eps)
+    assert made.dtype == dtype and (made - exact).norm() < max(1.1 * (own - exact).norm(), 2e-7 * exact.norm())
+    group = seeded.fill(torch.nn.GroupNorm(4, 32)).to(dtype)
+    x = (seeded.tensor("x", 2, 32, 5, 3) + mean).to(dtype)
+    exact = F.group_norm(x.double(), 4, group.weight.double(), group.bias.double(), group.eps)
+    made, own = GroupNorm(group, Plan(dtype=dtype), silu=False)(x), group(x)
+    assert (made - exact).norm() < max(1.5 * (own - exact).norm(), 3e-7 * exact.norm())
+
+
+@compiled
 def test_silu_of_any_number():
     """Of a map whose moments are known, so that what is normalised is what there was."""
     x = torch.cat([torch.linspace(-120, 120, 4079), torch.tensor([0.0, -1e4, 1e4, 3e38, -3e38, math.inf, -1e-30])])
     x = x[: len(x) // 16 * 16].view(1, 1, -1, 16)
     found, made = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)]), torch.empty_like(x)
-    native.normalise(x, found, made)
+    native.normalise(x, found, made, True)
     torch.testing.assert_close(made, F.silu(x.double()).float(), rtol=5e-6, atol=1e-30)  # of -80: 2^115 with 24 bits of 115
     assert (made - F.silu(x.double()))[x.abs() < 8].abs().max() < 1e-6
 

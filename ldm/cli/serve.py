@@ -11,9 +11,7 @@ from ldm.cli import options
 
 def add(commands: Any) -> None:
     text = "a page in the browser, and an HTTP API"
-    about = (
-        "A page on the loopback address, and an HTTP API: /v1 (its own), /sdapi/v1 (as AUTOMATIC1111's). Stop with Ctrl-C."
-    )
+    about = "A page on the loopback address, and an HTTP API: /v1 (its own), /sdapi/v1 (as AUTOMATIC1111's). Stop with Ctrl-C."
     command = commands.add_parser("serve", help=text, allow_abbrev=False, description=about)
     command.add_argument("--host", default="127.0.0.1", help="where to listen; beyond loopback a token is wanted")
     command.add_argument("--port", type=int, default=7860, help="(default 7860; 0 for any that is free)")

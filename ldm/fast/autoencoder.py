@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ldm.fast.convolutions import Direct, Normalised, Upsampling
 from ldm.fast.linear import Linear
-from ldm.fast.maps import map_of, same_norm, tokens_of
+from ldm.fast.maps import map_of, tokens_of
+from ldm.fast.normalisation import GroupNorm
 from ldm.fast.plan import Plan
 from ldm.models import autoencoder as reference
 
@@ -32,7 +33,7 @@ class Attention(nn.Module):
 
     def __init__(self, block: reference.AttentionBlock, plan: Plan):
         super().__init__()
-        self.norm, self.attend = same_norm(block.norm, plan.dtype), plan.attend
+        self.norm, self.attend = GroupNorm(block.norm, plan, silu=False), plan.attend
         self.query_key_value = Linear(block.query, block.key, block.value, plan=plan)
         self.output = Linear(block.output, plan=plan)
 

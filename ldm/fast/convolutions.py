@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.fast import native, packing, products
 from ldm.fast.maps import padded
 from ldm.fast.memory import converted, let_go
-from ldm.fast.normalisation import GroupNormSiLU
+from ldm.fast.normalisation import GroupNorm
 from ldm.fast.plan import Plan
 from ldm.fast.products import TiledConvolution, TiledUpsampling
 from ldm.fast.winograd import Winograd
@@ -90,7 +90,7 @@ class Normalised(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm, conv: nn.Conv2d, plan: Plan, pixels: int):
         super().__init__()
-        self.norm, self.conv = GroupNormSiLU(norm, plan), convolution(conv, plan, pixels)
+        self.norm, self.conv = GroupNorm(norm, plan), convolution(conv, plan, pixels)
 
     @property
     def bias(self) -> Tensor:

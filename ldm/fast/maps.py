@@ -1,9 +1,9 @@
-"""Maps and tokens, one memory and two views; parts of maps; and the norms of a loaded model in another type."""
+"""Maps and tokens, one memory and two views; and parts of maps."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Write = Callable[[Tensor, Tensor], None]  # of a part of a map, and where what is made of it goes, both (b, h, w, c)
 
@@ -40,14 +40,3 @@ def padded(x: Tensor, top: int, height: int, left: int, width: int, write: Write
 def as_many(x: Tensor, count: int) -> Tensor:
     """x (b, ...) repeated to `count` samples, if it has fewer. A map stays channels_last, as `repeat` would not leave it."""
     return x if x.shape[0] == count else torch.cat([x] * (count // x.shape[0]))
-
-
-def same_norm(norm: nn.GroupNorm | nn.LayerNorm, dtype: torch.dtype) -> nn.Module:
-    """The same norm in dtype, sharing its weights where they are of that type."""
-    with torch.device("meta"):
-        if isinstance(norm, nn.GroupNorm):
-            made = nn.GroupNorm(norm.num_groups, norm.num_channels, eps=norm.eps)
-        else:
-            made = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
-    made.weight, made.bias = (nn.Parameter(t.detach().to(dtype), requires_grad=False) for t in (norm.weight, norm.bias))
-    return made

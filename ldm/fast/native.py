@@ -80,7 +80,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def normalises(channels: int, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for GroupNorm and SiLU of so many channels in dtype."""
+    """Whether there is a kernel for norms of so many channels in dtype."""
     return dtype in TYPES and channels % CHANNELS == 0 and compiling.library("normalisation") is not None
 
 
@@ -100,12 +100,25 @@ class _Moments(ctypes.Structure):
     _fields_ = [(f"_{i}", ctypes.c_int64) for i in range(9)] + [("eps", ctypes.c_double)]
 
 
-def normalise(part: Tensor, found: Tensor, out: Tensor) -> None:
-    """silu of any part of a map (b, h, w, c) by its `moments`, -> out, as large."""
+def normalise(part: Tensor, found: Tensor, out: Tensor, silu: bool) -> None:
+    """Any part of a map (b, h, w, c) by its `moments`, and SiLU of it, -> out, as large."""
     part = part if part.stride(3) == 1 else part.contiguous()
     pointers = (one.data_ptr() for one in (part, out, *found))
-    call = (ctypes.c_int64 * 14)(*pointers, *part.shape, *part.stride()[:3], *out.stride()[:3])
+    call = (ctypes.c_int64 * 15)(*pointers, *part.shape, *part.stride()[:3], *out.stride()[:3], silu)
     getattr(compiling.library("normalisation"), f"normalise_{TYPES[part.dtype]}")(call)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of the last axis, (..., c). weight, bias: (c,), float32."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call = _Layer(*(one.data_ptr() for one in (x, weight, bias, out)), x.numel() // x.shape[-1], x.shape[-1], eps)
+    getattr(compiling.library("normalisation"), f"layer_{TYPES[x.dtype]}")(ctypes.byref(call))
+    return out
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(f"_{i}", ctypes.c_int64) for i in range(6)] + [("eps", ctypes.c_double)]
 
 
 def kernels(taps: Tensor) -> Tensor:

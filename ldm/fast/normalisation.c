@@ -1,8 +1,9 @@
-/* GroupNorm and SiLU on a CPU: maps whose channels are neighbours, float32 or bfloat16, and all between float32.
+/* GroupNorm with SiLU or without, and LayerNorm, on a CPU: maps whose channels are neighbours, float32 or bfloat16, and all
+   between float32.
 
    `moments` finds what each channel is multiplied by and what is added: means and squares about them are found channel by
    channel, of differences from its first pixel, and joined (Chan et al. 1979, "Updating Formulae and a Pairwise Algorithm for
-   Computing Sample Variances", eq. 2.1), so that nothing cancels. `normalise` does it, and SiLU, to any part of the map. */
+   Computing Sample Variances", eq. 2.1), so that nothing cancels. `normalise` does it to any part of the map. */
 
 #include "vectors.h"
 
@@ -22,7 +23,16 @@ typedef struct {
     const float *scale, *offset; /* (images, channels) */
     int64_t images, rows, columns, channels;
     int64_t image, row, pixel, out_image, out_row, out_pixel; /* strides, in elements; a pixel's channels are neighbours */
+    int64_t silu;
 } normalise_call;
+
+typedef struct {
+    const void *tokens;         /* (count, channels) */
+    const float *weight, *bias; /* (channels) */
+    void *out;                  /* as the tokens */
+    int64_t count, channels;
+    double eps;
+} layer_call;
 
 /* Of up to PIXELS pixels, sums and squares of differences from `shift`, added to `sums`, [channel][2]. */
 INLINE void add_some(int bfloat, const moments_call *c, int64_t first, int64_t count, int64_t shift, double *sums) {
@@ -86,8 +96,12 @@ INLINE int find_moments(int bfloat, const moments_call *c) {
     return 0;
 }
 
-INLINE void apply(int bfloat, const normalise_call *c) {
-    const float e = (float)M_LOG2E;
+INLINE vector silu(vector h) {
+    vector most = larger((vector){} - 126.0f, h * (float)M_LOG2E); /* beyond, 2^-x would be infinite, and the result is 0 */
+    return h / (1.0f + power((vector){} - most));
+}
+
+INLINE void apply(int bfloat, int with_silu, const normalise_call *c) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < c->images * c->rows; i++) {
         int64_t image = i / c->rows, row = i % c->rows, from = image * c->image + row * c->row;
@@ -96,21 +110,42 @@ INLINE void apply(int bfloat, const normalise_call *c) {
         for (int64_t x = 0; x < c->columns; x++, from += c->pixel, to += c->out_pixel)
             for (int64_t channel = 0; channel < c->channels; channel += LANES) {
                 vector h = read_elements(bfloat, c->pixels, from + channel) * load(scale + channel) + load(offset + channel);
-                vector most = larger((vector){} - 126.0f, h * e); /* beyond, 2^-x would be infinite, and the result is 0 */
-                write_elements(bfloat, c->out, to + channel, h / (1.0f + power((vector){} - most)));
+                write_elements(bfloat, c->out, to + channel, with_silu ? silu(h) : h);
             }
     }
 }
 
-/* All return 0, or 1 where there was no memory. channels is a multiple of LANES and of groups. */
+INLINE float sum_of(vector x) {
+    float sum = 0;
+    for (int j = 0; j < LANES; j++) sum += x[j];
+    return sum;
+}
+
+INLINE void normalise_tokens(int bfloat, const layer_call *c) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < c->count; i++) {
+        int64_t from = i * c->channels;
+        vector sum = {}, square = {};
+        for (int64_t channel = 0; channel < c->channels; channel += LANES)
+            sum += read_elements(bfloat, c->tokens, from + channel);
+        float mean = sum_of(sum) / c->channels;
+        for (int64_t channel = 0; channel < c->channels; channel += LANES) {
+            vector x = read_elements(bfloat, c->tokens, from + channel) - mean;
+            square += x * x;
+        }
+        float scale = 1.0f / sqrtf(sum_of(square) / c->channels + (float)c->eps);
+        for (int64_t channel = 0; channel < c->channels; channel += LANES) {
+            vector x = (read_elements(bfloat, c->tokens, from + channel) - mean) * scale;
+            write_elements(bfloat, c->out, from + channel, x * load(c->weight + channel) + load(c->bias + channel));
+        }
+    }
+}
+
+/* channels is a multiple of LANES and of groups. The first two return 0, or 1 where there was no memory. */
 
 int moments_float(const moments_call *c) { return find_moments(0, c); }
 int moments_bfloat16(const moments_call *c) { return find_moments(1, c); }
-int normalise_float(const normalise_call *c) {
-    apply(0, c);
-    return 0;
-}
-int normalise_bfloat16(const normalise_call *c) {
-    apply(1, c);
-    return 0;
-}
+void normalise_float(const normalise_call *c) { c->silu ? apply(0, 1, c) : apply(0, 0, c); }
+void normalise_bfloat16(const normalise_call *c) { c->silu ? apply(1, 1, c) : apply(1, 0, c); }
+void layer_float(const layer_call *c) { normalise_tokens(0, c); }
+void layer_bfloat16(const layer_call *c) { normalise_tokens(1, c); }

@@ -1,6 +1,6 @@
-"""Group normalisation and SiLU, the two operations before every convolution, with nothing kept between them.
+"""Norms: of groups, with the SiLU that comes before every convolution and nothing kept between the two, and of layers.
 
-Wu & He 2018, "Group Normalization", arXiv:1803.08494.
+Wu & He 2018, "Group Normalization", arXiv:1803.08494. Ba et al. 2016, "Layer Normalization", arXiv:1607.06450.
 """
 
 import importlib.util
@@ -17,16 +17,17 @@ WIDE = (torch.float32, torch.float64)
 BAND = 1 << 19  # elements whose squares are summed at a time: what stays in a core's cache
 
 
-class GroupNormSiLU(nn.Module):
-    """silu(group_norm(x)): (b, c, h, w) -> (b, c, h, w), channels_last. On a GPU in Triton, where that is installed; on a CPU
-    in C, where there is a compiler."""
+class GroupNorm(nn.Module):
+    """silu(group_norm(x)), or without SiLU: (b, c, h, w) -> (b, c, h, w), channels_last. With it on a GPU in Triton, where that
+    is installed; on a CPU in C, where there is a compiler."""
 
-    def __init__(self, norm: nn.GroupNorm, plan: Plan):
+    def __init__(self, norm: nn.GroupNorm, plan: Plan, *, silu: bool = True):
         super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
+        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight, self.bias = (tensor.detach().to(plan.dtype) for tensor in (norm.weight, norm.bias))
         self.kernel, self.native = None, False
-        if plan.kernels and self.weight.is_cuda and plan.dtype != torch.float64 and importlib.util.find_spec("triton"):
+        on_gpu = self.weight.is_cuda and plan.dtype != torch.float64
+        if silu and plan.kernels and on_gpu and importlib.util.find_spec("triton"):
             from ldm.fast.kernels import group_norm_silu
 
             self.kernel = group_norm_silu
@@ -40,7 +41,8 @@ class GroupNormSiLU(nn.Module):
             out = torch.empty_like(x, memory_format=torch.channels_last)
             self.writing(x)(x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1))
             return out
-        return F.silu(F.group_norm(x, self.groups, self.weight, self.bias, self.eps), inplace=True)
+        y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        return F.silu(y, inplace=True) if self.silu else y
 
     @property
     def by_parts(self) -> bool:
@@ -51,7 +53,7 @@ class GroupNormSiLU(nn.Module):
         """The same of any part of x (b, c, h, w), where `by_parts`: all of it at once would take room, and another copy."""
         if self.native:
             found = native.moments(x.permute(0, 2, 3, 1).contiguous(), self.groups, *self.wide, self.eps)
-            return lambda part, out: native.normalise(part, found, out)
+            return lambda part, out: native.normalise(part, found, out, self.silu)
         b, c, h, w = x.shape
         pixels, rows = x.permute(0, 2, 3, 1), max(1, BAND // (b * c * w))
         total = torch.zeros(2, b, c, dtype=torch.float64, device=x.device)  # of values and of squares
@@ -68,6 +70,23 @@ class GroupNormSiLU(nn.Module):
         def write(band: Tensor, out: Tensor) -> None:
             for i in range(b):
                 torch.addcmul(offset[i], band[i], scale[i], out=out[i])
-            F.silu(out, inplace=True)
+            if self.silu:
+                F.silu(out, inplace=True)
 
         return write
+
+
+class LayerNorm(nn.Module):
+    """layer_norm(x): (..., c) -> (..., c). On a CPU in C, where there is a compiler."""
+
+    def __init__(self, norm: nn.LayerNorm, plan: Plan):
+        super().__init__()
+        self.eps, (channels,) = norm.eps, norm.normalized_shape
+        self.native = plan.kernels and norm.weight.device.type == "cpu" and native.normalises(channels, plan.dtype)
+        dtype = torch.float32 if self.native else plan.dtype
+        self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.native:
+            return native.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -117,6 +117,7 @@ static void multiply(const call *c, int64_t first, int64_t last, int64_t from, i
                 if (end == c->depth) finish(c, past, places, panel, place);
             }
     }
+    _mm_sfence(); /* what went past the caches is there for everybody */
 }
 
 /* Returns 0, or 1 where there was no memory. The depth is a multiple of 32. */

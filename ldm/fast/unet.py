@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ldm.fast.convolutions import Direct, Normalised, Upsampling, convolution
 from ldm.fast.linear import GatedLinear, Linear
-from ldm.fast.maps import as_many, map_of, same_norm, tokens_of
+from ldm.fast.maps import as_many, map_of, tokens_of
+from ldm.fast.normalisation import GroupNorm, LayerNorm
 from ldm.fast.plan import Plan
 from ldm.fast.token_merging import Merging
 from ldm.models import unet as reference
@@ -73,8 +74,8 @@ class Transformer(nn.Module):
         super().__init__()
         inner: TransformerBlock = block.block
         self.heads, self.attend, self.merge_tokens = inner.self_attention.heads, plan.attend, plan.merge_tokens
-        self.norm = same_norm(block.norm, plan.dtype)
-        self.norms = nn.ModuleList(same_norm(norm, plan.dtype) for norm in (inner.norm1, inner.norm2, inner.norm3))
+        self.norm = GroupNorm(block.norm, plan, silu=False)
+        self.norms = nn.ModuleList(LayerNorm(norm, plan) for norm in (inner.norm1, inner.norm2, inner.norm3))
         own, other = inner.self_attention, inner.cross_attention
         self.proj_in, self.proj_out = Linear(block.proj_in, plan=plan), Linear(block.proj_out, plan=plan)
         self.query_key_value = Linear(own.query, own.key, own.value, plan=plan)

@@ -33,7 +33,8 @@ CONNECTIONS = 128
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """host, port: where to listen. names: by which others call this server, beside the address itself. token: what clients must
-    show; drawn where it is None and the address is not loopback. bound: jobs that may wait. page: whether there is one, at /."""
+    show; drawn where it is None and the address is not loopback. bound: jobs that may wait. page: whether there is
+    one, at /."""
 
     host: str = "127.0.0.1"
     port: int = 7860

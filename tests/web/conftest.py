@@ -33,7 +33,7 @@ class Running:
 
 @contextmanager
 def running(components, **options) -> Iterator[Running]:
-    options = {"port": 0, **options}
+    options = {"port": 0, "page": False, **options}
     asked = serving.with_token(serving.Options(**options))
     server = serving.server(components, asked)
     listener = socket.create_server((asked.host, 0))

@@ -1,8 +1,8 @@
 """The page (gradio): the form of Stable Diffusion's model card, and views for those who study the model.
 
-It asks the same queue with the same checks as POST /v1/images: what is drawn and uploaded comes as data: URLs in `canvas.js`,
-what was made goes as PNGs with their receipts to `gallery.js`. Neither passes through gradio's files, so that no path or address
-of a client is ever looked up, and nothing is left on a disk.
+It asks the same queue with the same checks as POST /v1/images: what is drawn and uploaded comes as data: URLs from `canvas.js`,
+what was made goes as PNGs with their receipts to `gallery.js`. Neither passes through gradio's files, so that no path or
+address of a client is ever looked up, and nothing is left on a disk.
 """
 
 import base64
@@ -90,12 +90,12 @@ class Page:
         }
         with gr.Row():
             found["num_images"] = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", elem_id="num_images")
-            found["num_inference_steps"] = gr.Slider(1, form.MOST_STEPS, 25, step=1, label="Steps", elem_id="num_inference_steps")
-            found["guidance_scale"] = gr.Slider(*GUIDANCE, 7.5, step=0.1, label="Guidance", elem_id="guidance_scale")
+            steps = gr.Slider(1, form.MOST_STEPS, 25, step=1, label="Steps", elem_id="num_inference_steps")
+            guidance = gr.Slider(*GUIDANCE, config.guidance_scale, step=0.1, label="Guidance", elem_id="guidance_scale")
+            found |= {"num_inference_steps": steps, "guidance_scale": guidance}
         with gr.Row():
-            found["width"] = gr.Number(None, label="Width", placeholder=f"{side}, or the image's", elem_id="width")
-            found["height"] = gr.Number(None, label="Height", placeholder=f"{side}, or the image's", elem_id="height")
-            found["seed"] = gr.Number(None, label="Seed", placeholder="drawn", elem_id="seed")
+            for name, hint in (("width", f"{side}, or the image's"), ("height", f"{side}, or the image's"), ("seed", "drawn")):
+                found[name] = gr.Textbox(label=name.capitalize(), placeholder=hint, max_length=40, elem_id=name)
         with gr.Row():
             found["sampler"] = gr.Dropdown(list(all_samplers()), value="pndm", label="Sampler", elem_id="sampler")
             found["spacing"] = gr.Dropdown([OWN, *SPACINGS], value=OWN, label="Schedule", elem_id="spacing")
@@ -104,7 +104,7 @@ class Page:
         with gr.Row(visible=bool(names)):
             found["loras"] = gr.Dropdown(names, value=[], multiselect=True, label="LoRAs", elem_id="loras")
             found["coefficients"] = gr.Textbox(label="Coefficients", placeholder="1, 1, ...", elem_id="coefficients")
-        with gr.Accordion("Start from an image, or paint over what is to be made anew", open=False):
+        with gr.Accordion("Start from an image, or paint over what is to be made anew"):
             found["canvas"] = _component("canvas", value="")
             found["strength"] = gr.Slider(0, 1, 0.8, step=0.01, label="Strength", elem_id="strength")
         found["views"] = gr.CheckboxGroup([ATTENTION, DENOISING], label="Views", elem_id="views")
@@ -112,7 +112,7 @@ class Page:
         return found
 
     def make(self, *values: Any) -> Iterator[tuple]:
-        """Put a job in the queue and tell how it stands until it is over: (job, told, preview, gallery, attention, denoising)."""
+        """Put a job in the queue and tell how it stands until it is over: job, told, preview, gallery, attention, denoising."""
         given = dict(zip(self.names, values, strict=True))
         keep = gr.skip()
         try:
@@ -159,9 +159,8 @@ def asked(given: dict[str, Any]) -> form.ImagesRequest:
     if named.get("spacing") == OWN:
         del named["spacing"]
     for name in ("width", "height", "seed"):
-        value = named.get(name)
-        if isinstance(value, float) and value.is_integer():
-            named[name] = int(value)
+        if not named[name].strip():
+            del named[name]
     low, high = GUIDANCE
     if not low <= named.get("guidance_scale", low) <= high:
         raise form.FieldError("guidance_scale", f"guidance {named['guidance_scale']}; expected {low} to {high}")
@@ -218,7 +217,12 @@ def _strip(views: list[tuple[str, Any]], about: str) -> str:
 def _pictures(job: Job) -> str:
     """What `gallery.js` adds: a JSON list; with the time, so that no two are the same."""
     made = [
-        {"png": _url(data), "seed": receipt["seed"], "receipt": json.dumps(receipt, indent=2), "flagged": bool(verdict and verdict.flagged)}
+        {
+            "png": _url(data),
+            "seed": receipt["seed"],
+            "receipt": json.dumps(receipt, indent=2),
+            "flagged": bool(verdict and verdict.flagged),
+        }
         for data, receipt, verdict in zip(encoded(job), job.result.receipts, job.result.safety, strict=True)
     ]
     return json.dumps({"at": time.time(), "pictures": made})

@@ -16,7 +16,7 @@ function card(picture) {
   start.onclick = () => document.dispatchEvent(new CustomEvent("ldm-start", { detail: picture.png }));
   const again = tag("button", { type: "button", textContent: `Seed ${picture.seed}`, title: "use this seed again" });
   again.onclick = () => {
-    const box = document.querySelector("#seed input");
+    const box = document.querySelector("#seed textarea, #seed input");
     box.value = picture.seed;
     box.dispatchEvent(new Event("input", { bubbles: true }));
   };
