@@ -18,13 +18,15 @@ class Linear(nn.Module):
     def __init__(self, *layers: nn.Linear, plan: Plan):
         super().__init__()
         self.outputs = sum(layer.out_features for layer in layers)
-        self.weight: Tensor = _joined([layer.weight for layer in layers], plan.dtype)
         self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], plan.dtype)
-        self.tiled = self.weight.device.type == "cpu" and products.multiplies(layers[0].in_features, plan)
+        weights = [layer.weight for layer in layers]
+        self.tiled = weights[0].device.type == "cpu" and products.multiplies(layers[0].in_features, plan)
         self.packed = False
         if self.tiled:
-            self.weight = products.pack(self.weight[..., None])
+            self.weight: Tensor = products.pack([weight[..., None] for weight in weights])
             self.zeros = self.weight.new_zeros(self.outputs) if self.bias is None else None
+        else:
+            self.weight = _joined(weights, plan.dtype)
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """addend: as the result, which it is added to."""
@@ -51,13 +53,14 @@ class GatedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, plan: Plan):
         super().__init__()
-        self.weight, self.bias = converted(layer.weight, plan.dtype), converted(layer.bias, plan.dtype)
-        self.outputs, self.halves = layer.out_features, []
+        self.bias, self.outputs, self.halves = converted(layer.bias, plan.dtype), layer.out_features, []
         fits = layer.out_features % products.PANEL == 0 and products.multiplies(layer.in_features, plan)
-        self.tiled = self.weight.device.type == "cpu" and fits
+        self.tiled = layer.weight.device.type == "cpu" and fits
         if self.tiled:
-            self.weight = products.pack(self.weight[..., None], gated=True)
+            self.weight = products.pack([layer.weight[..., None]], gated=True)
             self.bias = products.gated_bias(self.bias)
+        else:
+            self.weight = converted(layer.weight, plan.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tiled:

@@ -125,17 +125,19 @@ INLINE void normalise_tokens(int bfloat, const layer_call *c) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < c->count; i++) {
         int64_t from = i * c->channels;
-        vector sum = {}, square = {};
+        vector sum = {}, rest = {}, square = {};
         for (int64_t channel = 0; channel < c->channels; channel += LANES)
             sum += read_elements(bfloat, c->tokens, from + channel);
         float mean = sum_of(sum) / c->channels;
         for (int64_t channel = 0; channel < c->channels; channel += LANES) {
             vector x = read_elements(bfloat, c->tokens, from + channel) - mean;
+            rest += x;
             square += x * x;
         }
-        float scale = 1.0f / sqrtf(sum_of(square) / c->channels + (float)c->eps);
+        float left = sum_of(rest) / c->channels; /* what of the mean is lost where it is rounded */
+        float scale = 1.0f / sqrtf(sum_of(square) / c->channels - left * left + (float)c->eps);
         for (int64_t channel = 0; channel < c->channels; channel += LANES) {
-            vector x = (read_elements(bfloat, c->tokens, from + channel) - mean) * scale;
+            vector x = (read_elements(bfloat, c->tokens, from + channel) - mean - left) * scale;
             write_elements(bfloat, c->out, from + channel, x * load(c->weight + channel) + load(c->bias + channel));
         }
     }

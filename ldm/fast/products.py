@@ -7,6 +7,7 @@ pairs of inputs by 16 outputs.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,24 @@ def multiplies(inputs: int, plan: Plan) -> bool:
     return plan.kernels and inputs % STEP == 0 and native.engages(plan.dtype)
 
 
-def pack(weight: Tensor, *, gated: bool = False) -> Tensor:
-    """weight (outputs, inputs, taps) as the kernel reads it. gated: each panel has 16 values and then their 16 gates, of which
-    the weight has all values first."""
-    outputs, inputs, taps = weight.shape
+def pack(weights: Sequence[Tensor], *, gated: bool = False) -> Tensor:
+    """weights (outputs, inputs, taps), float32 or bfloat16, one after the other, as the kernel reads them. gated: each panel has
+    16 values and then their 16 gates, of which the weight, one, has all values first."""
+    (_, inputs, taps), outputs = weights[0].shape, sum(len(weight) for weight in weights)
     panels = -(-outputs // PANEL)
-    weight = F.pad(weight, (0, 0, 0, 0, 0, panels * PANEL - outputs))
-    halves = weight.view(2, panels, 16, inputs, taps).transpose(0, 1) if gated else weight.view(panels, 2, 16, inputs, taps)
-    return halves.unflatten(3, (-1, 16, 2)).permute(0, 3, 6, 1, 4, 2, 5).contiguous()  # halves: (panels, 2, 16, inputs, taps)
+    shape = (panels, inputs // STEP, taps, 2, 16, 16, 2)
+    made = (torch.empty if outputs % PANEL == 0 else torch.zeros)(shape, dtype=torch.bfloat16)
+    if len(weights) > 1 and any(len(weight) % PANEL for weight in weights):
+        weights = [torch.cat([weight.detach() for weight in weights])]
+    first, done = made.data_ptr(), 0
+    for weight in weights:
+        weight = weight.detach() if weight.dtype in native.TYPES else weight.detach().float()
+        weight = weight.contiguous()
+        call = (ctypes.c_int64 * 6)(weight.data_ptr(), first + 2 * done * inputs * taps, *weight.shape, gated)
+        getattr(compiling.library("products_amx"), f"pack_{native.TYPES[weight.dtype]}")(call)
+        let_go(weight)
+        done += len(weight)
+    return made
 
 
 def gated_bias(bias: Tensor) -> Tensor:
@@ -107,8 +118,7 @@ class TiledConvolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
-        self.weight, self.bias = pack(conv.weight.detach().to(dtype).flatten(2)), conv.bias.detach().to(dtype)
-        let_go(conv.weight)
+        self.weight, self.bias = pack([conv.weight.flatten(2)]), conv.bias.detach().to(dtype)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, write: Write = copy, addend: Tensor | None = None) -> Tensor:
         """x (b, c, h, w) -> (b, o, h, w). bias: (o,) in place of the layer's own. write: what is done with x beforehand.
@@ -133,7 +143,7 @@ class TiledUpsampling(nn.Module):
                 pairs = [(row, column) for row in rows for column in columns]
                 summed = [taps[:, :, dys][:, :, :, dxs].sum((2, 3)) for (_, dys), (_, dxs) in pairs]
                 places = tuple((dy, dx) for (dy, _), (dx, _) in pairs)
-                self.parts.append((y, x, places, pack(torch.stack(summed, dim=2).to(dtype))))
+                self.parts.append((y, x, places, pack([torch.stack(summed, dim=2)])))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, c, h, w) -> (b, o, 2 h, 2 w)."""

@@ -149,3 +149,43 @@ int products(const call *c) {
     }
     return failed;
 }
+
+typedef struct {
+    const void *weights; /* [output][input][tap] */
+    uint16_t *to;        /* as `call.weights` */
+    int64_t outputs, inputs, taps;
+    int64_t gated; /* each panel has 16 of the first half of the outputs, and then the same of the second */
+} pack_call;
+
+/* One output's weights -> its column of a panel. */
+INLINE void pack_column(int bfloat, const pack_call *c, int64_t output, uint16_t *to) {
+    int64_t at = output * c->inputs * c->taps;
+    for (int64_t i = 0; i < c->inputs; i++)
+        for (int64_t t = 0; t < c->taps; t++, at++) {
+            int64_t place = (i / STEP * c->taps + t) * 2 * TILE + i % STEP / 2 * STEP + i % 2;
+            if (bfloat) {
+                to[place] = ((const uint16_t *)c->weights)[at];
+                continue;
+            }
+            uint32_t bits;
+            memcpy(&bits, (const float *)c->weights + at, 4);
+            int nan = (bits & 0x7fffffff) > 0x7f800000;
+            to[place] = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
+        }
+}
+
+INLINE void pack(int bfloat, const pack_call *c) {
+    int64_t panels = (c->outputs + PANEL - 1) / PANEL, size = c->inputs * c->taps * PANEL;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t j = 0; j < PANEL; j++) {
+            int64_t output = panel * PANEL + j, half = j / SIDE;
+            if (c->gated) output = half * c->outputs / 2 + panel * SIDE + j % SIDE;
+            uint16_t *column = c->to + panel * size + half * TILE + j % SIDE * 2;
+            if (output < c->outputs) pack_column(bfloat, c, output, column);
+        }
+}
+
+/* The columns past the last output are left as they are. */
+void pack_float(const pack_call *c) { pack(0, c); }
+void pack_bfloat16(const pack_call *c) { pack(1, c); }

@@ -147,10 +147,10 @@ def test_progress_and_a_preview_while_it_is_made_and_cancel(page, server):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("width", 100, "width: width 100; expected a multiple of 8, as 96 or 104"),
+        ("width", 100, "width: '100'; input should be a multiple of 8"),
         ("seed", -1, "seed: '-1'; input should be greater than or equal to 0"),
         ("seed", 1.5, "seed: '1.5';"),
-        ("height", 8192, "width: 64 x 8192 pixels; expected at most"),
+        ("height", 80000, "height: '80000'; input should be less than or equal to 8192"),
     ],
 )
 def test_a_bad_field_shows_what_is_wrong_with_it(page, field, value, message):
@@ -183,7 +183,8 @@ def test_image_to_image_and_inpainting(page, server, tmp_path):
     make(page)
     kept = pixels(picture(made(page, 3).first))
     assert list(server.jobs.known.values())[-1].task == "inpaint"
-    assert np.array_equal(kept[-8:], start[-8:]) and not np.array_equal(kept[16:24, 16:24], start[16:24, 16:24])
+    changed = np.abs(kept.astype(int) - start.astype(int)).mean(axis=2)
+    assert 2 * changed[40:, 40:].mean() < changed[20:28, 20:28].mean()
     (tmp_path / "no.png").write_bytes(b"no picture")
     page.locator("#canvas input[type=file]").set_input_files(tmp_path / "no.png")
     expect(page.locator("#canvas")).to_contain_text("no picture that a browser can show")
@@ -217,7 +218,7 @@ def test_whoever_leaves_gives_up_the_place(page, server):
     expect(told(page)).to_contain_text("step", timeout=30_000)
     page.goto("about:blank")
     deadline = time.monotonic() + 30
-    while server.jobs.totals["cancelled"] == before and time.monotonic() < deadline:
+    while (server.jobs.totals["cancelled"] == before or server.jobs.running) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert server.jobs.totals["cancelled"] == before + 1 and not server.jobs.running
 
@@ -283,7 +284,7 @@ def test_a_page_with_a_token(browser, bundled):
     with running(bundled, page=True, token="a-token-of-eight") as found:
         context = browser.new_context()
         opened = context.new_page()
-        assert opened.goto(found.url).status == 401
+        assert context.request.get(found.url).status == 401
         opened.goto(f"{found.url}/?token=a-token-of-eight")
         expect(opened.locator("#start")).to_be_visible()
         assert "token" not in opened.url
