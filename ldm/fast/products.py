@@ -36,7 +36,7 @@ def pack(weights: Sequence[Tensor], *, gated: bool = False) -> Tensor:
     (_, inputs, taps), outputs = weights[0].shape, sum(len(weight) for weight in weights)
     panels = -(-outputs // PANEL)
     shape = (panels, inputs // STEP, taps, 2, 16, 16, 2)
-    made = (torch.empty if outputs % PANEL == 0 else torch.zeros)(shape, dtype=torch.bfloat16)
+    made = torch.empty(shape, dtype=torch.bfloat16)
     if len(weights) > 1 and any(len(weight) % PANEL for weight in weights):
         weights = [torch.cat([weight.detach() for weight in weights])]
     first, done = made.data_ptr(), 0
@@ -137,13 +137,15 @@ class TiledUpsampling(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
         self.bias, self.parts = conv.bias.detach().to(dtype), []
-        taps = conv.weight.detach().float()
+        taps = conv.weight.detach().float().flatten(2)  # (o, c, 9)
         for y, rows in enumerate((EVEN, ODD)):
             for x, columns in enumerate((EVEN, ODD)):
                 pairs = [(row, column) for row in rows for column in columns]
-                summed = [taps[:, :, dys][:, :, :, dxs].sum((2, 3)) for (_, dys), (_, dxs) in pairs]
+                falls = torch.zeros(9, len(pairs))
+                for i, ((_, dys), (_, dxs)) in enumerate(pairs):
+                    falls[[3 * dy + dx for dy in dys for dx in dxs], i] = 1
                 places = tuple((dy, dx) for (dy, _), (dx, _) in pairs)
-                self.parts.append((y, x, places, pack([torch.stack(summed, dim=2)])))
+                self.parts.append((y, x, places, pack([taps @ falls])))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, c, h, w) -> (b, o, 2 h, 2 w)."""

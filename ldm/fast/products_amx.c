@@ -157,35 +157,44 @@ typedef struct {
     int64_t gated; /* each panel has 16 of the first half of the outputs, and then the same of the second */
 } pack_call;
 
-/* One output's weights -> its column of a panel. */
-INLINE void pack_column(int bfloat, const pack_call *c, int64_t output, uint16_t *to) {
-    int64_t at = output * c->inputs * c->taps;
-    for (int64_t i = 0; i < c->inputs; i++)
-        for (int64_t t = 0; t < c->taps; t++, at++) {
-            int64_t place = (i / STEP * c->taps + t) * 2 * TILE + i % STEP / 2 * STEP + i % 2;
-            if (bfloat) {
-                to[place] = ((const uint16_t *)c->weights)[at];
-                continue;
+/* Of one output's weights 32 that are `stride` apart, rounded, as 16 pairs. */
+INLINE __m512i pairs_of(int bfloat, const void *weights, int64_t at, int64_t stride) {
+    if (bfloat) {
+        uint16_t pairs[STEP] __attribute__((aligned(64)));
+        for (int i = 0; i < STEP; i++) pairs[i] = ((const uint16_t *)weights)[at + i * stride];
+        return _mm512_load_si512(pairs);
+    }
+    const float *from = (const float *)weights + at;
+    const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i apart = _mm512_mullo_epi32(order, _mm512_set1_epi32((int)stride));
+    __m512 first = _mm512_i32gather_ps(apart, from, 4), second = _mm512_i32gather_ps(apart, from + SIDE * stride, 4);
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
+/* All inputs and taps of 16 outputs from `output` on, of which there are `count` -> their half of a panel. */
+INLINE void pack_half(int bfloat, const pack_call *c, int64_t output, int64_t count, uint32_t *to) {
+    for (int64_t step = 0; step < c->inputs / STEP; step++)
+        for (int64_t t = 0; t < c->taps; t++, to += TILE) {
+            uint32_t columns[SIDE][SIDE] __attribute__((aligned(64))) = {};
+            for (int64_t j = 0; j < count; j++) {
+                int64_t at = ((output + j) * c->inputs + step * STEP) * c->taps + t;
+                _mm512_store_si512(columns[j], pairs_of(bfloat, c->weights, at, c->taps));
             }
-            uint32_t bits;
-            memcpy(&bits, (const float *)c->weights + at, 4);
-            int nan = (bits & 0x7fffffff) > 0x7f800000;
-            to[place] = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to nearest, ties to even */
+            for (int i = 0; i < SIDE; i++)
+                for (int j = 0; j < SIDE; j++) to[i * SIDE + j] = columns[j][i];
         }
 }
 
 INLINE void pack(int bfloat, const pack_call *c) {
     int64_t panels = (c->outputs + PANEL - 1) / PANEL, size = c->inputs * c->taps * PANEL;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t j = 0; j < PANEL; j++) {
-            int64_t output = panel * PANEL + j, half = j / SIDE;
-            if (c->gated) output = half * c->outputs / 2 + panel * SIDE + j % SIDE;
-            uint16_t *column = c->to + panel * size + half * TILE + j % SIDE * 2;
-            if (output < c->outputs) pack_column(bfloat, c, output, column);
-        }
+    for (int64_t i = 0; i < 2 * panels; i++) {
+        int64_t panel = i / 2, half = i % 2, output = panel * PANEL + half * SIDE;
+        if (c->gated) output = half * c->outputs / 2 + panel * SIDE;
+        int64_t left = c->outputs - output, count = left < 0 ? 0 : left < SIDE ? left : SIDE;
+        pack_half(bfloat, c, output, count, (uint32_t *)(c->to + panel * size + half * TILE));
+    }
 }
 
-/* The columns past the last output are left as they are. */
 void pack_float(const pack_call *c) { pack(0, c); }
 void pack_bfloat16(const pack_call *c) { pack(1, c); }
