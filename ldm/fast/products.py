@@ -31,8 +31,8 @@ def multiplies(inputs: int, plan: Plan) -> bool:
 
 
 def pack(weights: Sequence[Tensor], *, gated: bool = False) -> Tensor:
-    """weights (outputs, inputs, taps), float32 or bfloat16, one after the other, as the kernel reads them. gated: each panel has
-    16 values and then their 16 gates, of which the weight, one, has all values first."""
+    """weights (outputs, inputs, taps), float32 or bfloat16, one after the other, as the kernel reads them. gated: each panel
+    has 16 values and then their 16 gates, of which the weight, one, has all values first."""
     (_, inputs, taps), outputs = weights[0].shape, sum(len(weight) for weight in weights)
     panels = -(-outputs // PANEL)
     shape = (panels, inputs // STEP, taps, 2, 16, 16, 2)
