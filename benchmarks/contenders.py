@@ -3,7 +3,6 @@
 Every one loads the same diffusers folder and offers the same five things to time; None stands for what it does not offer.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +37,7 @@ class Ldm:
 
     def _loaded(self, dtype):
         """Without its safety checker, which nobody here is asked for."""
-        return dataclasses.replace(self.ldm.load(self.folder, dtype=dtype, device=self.device), safety=None)
+        return self.ldm.load(self.folder, dtype=dtype, device=self.device, safety=False)
 
     def prepare(self) -> None:
         torch, model = self.torch, self.model

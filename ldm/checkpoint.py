@@ -74,6 +74,7 @@ def load(
     variant: str = "auto",
     ignore: Sequence[str] = (),
     tokenizer: str = "hf",
+    safety: bool = True,
 ) -> Components:
     """Load the model at `source`: a native folder, a diffusers folder, a CompVis `.ckpt`, a single-file `.safetensors`,
     "bundled", the small model that ships with the package, or "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION", a diffusers
@@ -83,6 +84,7 @@ def load(
     variant: "fp16" for a diffusers folder's half-precision files, "" for the full ones, "auto" for the full ones if there.
     ignore: names of unexpected tensors to load the file without; a last "*" stands for any ending.
     tokenizer: how prompts are cleaned, "hf" or "openai"; see `ldm/text/tokenizer.py`.
+    safety: whether to load the safety checker too, where there is one: a quarter of Stable Diffusion v1's weights.
     Modules are in eval mode. Raises CheckpointError, one line, where the source is not a whole model.
     """
     if dtype not in DTYPES:
@@ -95,7 +97,8 @@ def load(
         raise CheckpointError(f"{source}: holds {there} but no {' and no '.join(missing)}; a model needs {', '.join(REQUIRED)}")
     vocabulary = checkpoint.vocabulary or clip_vocabulary()
     _check_fit(checkpoint, len(vocabulary.tokens))
-    present = {kind: checkpoint.components[kind] for kind in LOADED if kind in checkpoint.components}
+    wanted = [kind for kind in LOADED if safety or kind in REQUIRED]
+    present = {kind: checkpoint.components[kind] for kind in wanted if kind in checkpoint.components}
     modules = {kind: load_module(component, device=device, dtype=dtype) for kind, component in present.items()}
     return Components(
         tokenizer=Tokenizer(vocabulary.tokens, vocabulary.merges, modules["text_encoder"].config.context_length, tokenizer),

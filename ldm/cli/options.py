@@ -61,7 +61,8 @@ def load(args: argparse.Namespace) -> "Components":
     source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
     device = args.device or _best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
-    components = ldm.load(source, device=device, dtype=_dtype(args, device), **chosen)
+    safety = getattr(args, "safety", None) != "off"  # which nobody then asks
+    components = ldm.load(source, device=device, dtype=_dtype(args, device), safety=safety, **chosen)
     if not args.fast:
         return components
     from ldm.fast import accelerate
