@@ -102,6 +102,13 @@ def test_a_flagged_picture_is_blacked_unless_asked_otherwise(model):
         assert ldm.replay(model, json.loads(json.dumps(result.receipts[0]))).same
 
 
+def test_a_model_can_be_loaded_without_its_checker(tiny_native_safe):
+    assert isinstance(ldm.load(tiny_native_safe).safety, SafetyChecker)
+    without = ldm.load(tiny_native_safe, safety=False)
+    assert without.safety is None and "safety" not in without.sources
+    assert ldm.txt2img(without, "a", **SMALL).safety == [None]
+
+
 def test_another_action_is_refused(model):
     with pytest.raises(ValueError, match="safety 'pixelate'; expected one of black, blur, flag, off"):
         ldm.txt2img(model, "a", safety="pixelate", **SMALL)
