@@ -7,12 +7,9 @@
 
 #include "amx.h"
 
-enum {
-    QUERIES = 2 * SIDE,
-    KEYS = 128,
-    BLOCKS = 8
-}; /* of a block; blocks of queries that share what is read of keys and values */
-#define LIMIT 1e12f /* of a sum of weights */
+enum { QUERIES = 2 * SIDE, KEYS = 128 }; /* of a block */
+enum { BLOCKS = 8 };                     /* of queries, that share what is read of keys and values */
+#define LIMIT 1e12f                      /* of a sum of weights */
 
 typedef struct {
     int64_t batch, head, row;
