@@ -72,7 +72,8 @@ def accelerate(
     others = {"compile": compile, "cache_steps": cache_steps, "merge_tokens": merge_tokens}
     exact = {"compile": False, "cache_steps": 1, "merge_tokens": 0.0}
     told |= {name: value for name, value in others.items() if value != exact[name]}
-    known = components.fingerprint or fingerprint({kind: getattr(components, kind) for kind in REQUIRED})  # which reads of all
+    # Before pages are let go, since it reads a few of every tensor's.
+    known = components.fingerprint or fingerprint({kind: getattr(components, kind) for kind in REQUIRED})
     if on_cpu and keep_pages:
         memory.keep_pages()
     for module in (components.text_encoder, components.unet, components.autoencoder, components.safety):
