@@ -1,9 +1,9 @@
 """Linear layers and convolutions in bfloat16 by `products_amx.c`: what a CPU with a matrix engine (AMX) does, where there is a
 C compiler (`compiling.py`).
 
-oneDNN's, which torch has, take 0.85 to 2 times as long for Stable Diffusion v1's layers: they read their inputs from further away.
-Weights are laid out once, (panels of 32 outputs, steps of 32 inputs, taps, 2, 16, 16, 2), in which the last four are tiles: 16
-pairs of inputs by 16 outputs.
+oneDNN's, which torch has, take 0.85 to 2 times as long for Stable Diffusion v1's layers: they read their inputs from further
+away. Weights are laid out once, (panels of 32 outputs, steps of 32 inputs, taps, 2, 16, 16, 2), in which the last four are
+tiles: 16 pairs of inputs by 16 outputs.
 """
 
 import ctypes
