@@ -29,9 +29,9 @@ from ldm.checkpoint import Components
 from ldm.diffusion.schedule import alpha_bar
 from ldm.models.unet import UNet
 from ldm.numerics import peers
+from ldm.processes import Processes
 from ldm.training.denoising import DenoisingLoss
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)

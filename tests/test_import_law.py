@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A floor may import itself and what stands before it, unless listed below.
 FLOORS = (
-    *("ldm.assets", "ldm.images", "ldm.diffusion", "ldm.text", "ldm.models", "ldm.scenes", "ldm.presets"),
+    *("ldm.assets", "ldm.images", "ldm.processes", "ldm.diffusion", "ldm.text", "ldm.models", "ldm.scenes", "ldm.presets"),
     "ldm.checkpoint",
     *("ldm.samplers", "ldm.output", "ldm.adapters", "ldm.fast", "ldm.pipelines", "ldm.training", "ldm.numerics"),
     *("ldm.evaluation", "ldm.web", "ldm.cli", "ldm.__main__"),

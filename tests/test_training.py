@@ -18,10 +18,10 @@ import ldm
 from ldm.cli import run
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
 from ldm.models.unet import UNet, UNetConfig
+from ldm.processes import Processes, generator
 from ldm.training import autoencoder, clip, denoising, recipe, unet
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, drawn, keep
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig, _matrix
-from ldm.training.processes import Processes, generator
 from tests.training_runs import environment, killed, largest_difference, steps_of
 from weights_convert.architecture import Sampling
 

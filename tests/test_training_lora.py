@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import ldm
 from ldm.adapters import lora
 from ldm.cli import run
+from ldm.processes import Processes, generator
 from ldm.training import denoising
 from ldm.training.data import DataConfig
 from ldm.training.lora import LoRARecipe, layers_of, train
 from ldm.training.optimiser import OptimiserConfig
-from ldm.training.processes import Processes, generator
 from tests import seeded
 from tests.measure import relative_error
 from tests.training_runs import environment, killed, largest_difference, steps_of

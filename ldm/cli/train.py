@@ -47,8 +47,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm.processes import joined
     from ldm.training import bundled
-    from ldm.training.processes import joined
 
     _check(args)
     with joined(args.device) as processes:

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.processes import Processes, generator
 from ldm.training import model_folder
 from ldm.training.data import DataConfig, batch_of, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes, generator
 
 NOISE = 2  # purpose of the posterior's random numbers
 

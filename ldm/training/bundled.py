@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from ldm.processes import Processes
 from ldm.scenes.judge import load as load_judge
 from ldm.training import autoencoder, clip, judge, model_folder, unet
 from ldm.training.data import Scenes, to_unit
 from ldm.training.ledger import METRICS, write
-from ldm.training.processes import Processes
 from ldm.training.recipe import make, read
 from weights_convert.architecture import Sampling
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from ldm.models.autoencoder import Autoencoder, Posterior
 from ldm.models.clip import TextEncoder
 from ldm.output.receipt import fingerprint
+from ldm.processes import Processes
 from ldm.text.tokenizer import Tokenizer
 from ldm.training.data import Folder, Scenes, keep, to_unit
-from ldm.training.processes import Processes
 
 
 class Latents:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, normalised, pool
+from ldm.processes import Processes
 from ldm.scenes import captions
 from ldm.scenes.captions import Statement
 from ldm.scenes.world import Scene
@@ -30,7 +31,6 @@ from ldm.training import model_folder
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes
 from weights_convert.tokenizer_files import Vocabulary
 
 SHARPEST = math.log(100.0)  # the most that the logits' scale may grow to (section 2.5)

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import images as pictures
+from ldm.processes import Processes, generator
 from ldm.scenes import captions
 from ldm.scenes.render import render
 from ldm.scenes.world import Scene, draw
-from ldm.training.processes import Processes, generator
 
 ORDER = 1  # purposes of random draws, so that none repeats another's numbers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -13,8 +13,8 @@ from ldm.diffusion.guidance import guided, levels_of
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.unet import UNet
+from ldm.processes import generator
 from ldm.samplers import ddim
-from ldm.training.processes import generator
 
 NOISE = 4  # purpose of the random numbers: posterior, timestep, noise, dropout
 SHEET = 5  # of the noise that sample sheets begin with

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.processes import Processes, generator
 from ldm.scenes.judge import SIZE, Judge, JudgeConfig, labels, verdicts
 from ldm.scenes.world import Scene, mirrored
 from ldm.training.data import Scenes, batch_of, drawn, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes, generator
 
 DISTURBANCE = 3  # purpose of the random numbers that disturb the pictures
 SEED = 900  # of the scenes, apart from those that models are trained on

@@ -7,7 +7,7 @@
     NAME.safetensors   the result
 
 A checkpoint is written beside its name and renamed, so there is always a whole one. Random numbers need no state of their
-own: they are functions of seed and step (`processes.generator`).
+own: they are functions of seed and step (`ldm.processes.generator`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.training.processes import Processes
+from ldm.processes import Processes
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
 MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile")  # between a stop and the resumption

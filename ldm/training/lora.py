@@ -21,12 +21,12 @@ from ldm.adapters import lora
 from ldm.checkpoint import Components
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.output.receipt import fingerprint
+from ldm.processes import Processes, generator
 from ldm.training.cache import Contexts, Latents, Tokens
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, to_unit
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import CHECKPOINT, Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes, generator
 from weights_convert.lora import write_lora
 from weights_convert.naming.lora import Layer, layer_shapes
 

@@ -21,6 +21,7 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.unet_blocks import ResidualBlock, SpatialTransformer
+from ldm.processes import Processes
 from ldm.text.tokenizer import Tokenizer
 from ldm.training import model_folder
 from ldm.training.cache import Contexts, Latents
@@ -28,7 +29,6 @@ from ldm.training.data import DataConfig, batch_of
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
-from ldm.training.processes import Processes
 from weights_convert.tokenizer_files import Vocabulary
 
 SHEET_SCALE = 4.0
