@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_convert.architecture import (
+    COMPONENTS,
     Architecture,
     Autoencoder,
     ImageEncoder,
@@ -39,6 +40,7 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     },
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "safety": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
+    "image_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
 }
 
 # What diffusers and transformers call our fields.
@@ -47,6 +49,10 @@ CLIP_FIELDS = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
+}
+IMAGE_FIELDS = {
+    **CLIP_FIELDS,
+    **{"image_size": "image_size", "patch_size": "patch_size", "projection_width": "projection_dim"},
 }
 FIELDS: Mapping[type, Mapping[str, str]] = {
     UNet: {
@@ -59,10 +65,8 @@ FIELDS: Mapping[type, Mapping[str, str]] = {
         **{"residual_blocks": "layers_per_block", "norm_groups": "norm_num_groups", "scaling_factor": "scaling_factor"},
     },
     TextEncoder: {**CLIP_FIELDS, "vocabulary_size": "vocab_size", "context_length": "max_position_embeddings"},
-    SafetyChecker: {
-        **CLIP_FIELDS,
-        **{"image_size": "image_size", "patch_size": "patch_size", "projection_width": "projection_dim"},
-    },
+    ImageEncoder: IMAGE_FIELDS,
+    SafetyChecker: IMAGE_FIELDS,
     Schedule: {
         **{"beta_start": "beta_start", "beta_end": "beta_end", "train_steps": "num_train_timesteps"},
         **{"beta_schedule": "beta_schedule", "prediction": "prediction_type"},
@@ -91,7 +95,7 @@ def architecture(kind: str, config: Mapping[str, Any], where: Path) -> Architect
     if kind == "autoencoder":
         _check_blocks(_blocks(config, "down_block_types", where), ("DownEncoderBlock2D",), "down_block_types", where)
         _check_blocks(_blocks(config, "up_block_types", where), ("UpDecoderBlock2D",), "up_block_types", where)
-    built = {"autoencoder": Autoencoder, "text_encoder": TextEncoder, "safety": SafetyChecker}[kind]
+    built = COMPONENTS[kind]
     return from_json(built, _renamed(built, config), str(where), FIELDS[built])
 
 
@@ -238,11 +242,15 @@ def tokenizer_config(text: TextEncoder) -> dict[str, Any]:
 
 
 def processor_config(safety: SafetyChecker) -> dict[str, Any]:
+    """The configuration of CLIP's image processor."""
+    return {"image_processor_type": "CLIPImageProcessor", **preparation(safety.image_size)}
+
+
+def preparation(size: int) -> dict[str, Any]:
     """CLIP's own preparation of images: bicubic to the shorter side, centre crop, mean and deviation of its training set."""
     return {
-        "image_processor_type": "CLIPImageProcessor",
-        **{"do_resize": True, "size": {"shortest_edge": safety.image_size}, "resample": 3, "do_convert_rgb": True},
-        **{"do_center_crop": True, "crop_size": {"height": safety.image_size, "width": safety.image_size}},
+        **{"do_resize": True, "size": {"shortest_edge": size}, "resample": 3, "do_convert_rgb": True},
+        **{"do_center_crop": True, "crop_size": {"height": size, "width": size}},
         **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],

@@ -47,7 +47,7 @@ def read(path: Path, *, variant: str = "auto", ignore: Sequence[str] = ()) -> Ch
 def read_component(folder: Path, kind: str, variant: str, ignore: Sequence[str]) -> Component:
     """Read the component of this kind from its subfolder."""
     stated = diffusers_config.architecture(kind, read_json(folder / "config.json"), folder / "config.json")
-    file = open_tensors(_weights_file(folder, variant))
+    file = open_tensors(weights_file(folder, variant))
     found = next((f for f in components(file.specs) if f.kind == kind), None)
     if found is None:
         names = ", ".join(name[:80] for name in list(file.specs)[:3])
@@ -58,7 +58,8 @@ def read_component(folder: Path, kind: str, variant: str, ignore: Sequence[str])
     return match(file, found, {name.removeprefix(found.prefix): spec for name, spec in kept.items()}, stated=stated)
 
 
-def _weights_file(folder: Path, variant: str) -> Path:
+def weights_file(folder: Path, variant: str) -> Path:
+    """The folder's file of weights. Raises CheckpointError where there is none."""
     variants = ("", "fp16") if variant == "auto" else (variant,)
     tried = [
         f"{stem}{'.' if v else ''}{v}.{suffix}"
