@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import weights_convert
 from ldm import images
 from ldm.checkpoint import BUNDLED, bundled_folder, load_module
+from ldm.evaluation import inception as inception_v3
 from ldm.models.clip import normalised, pool
 from ldm.output.safety import prepared
 from ldm.text.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class ClipInstrument:
         projection: nn.Module,
         tokenizer: Tokenizer,
     ):
-        """resize: one of CLIP_RESIZES. projection: of the text's state at its first end token, (n, text width) -> (n, width)."""
+        """resize: one of CLIP_RESIZES. projection: of a text's state at its first end token, (n, text width) -> (n, width)."""
         self.name = name
         self.width = image.config.projection_width
         self._size = image.config.image_size
@@ -148,6 +149,38 @@ def _projection(weight: Tensor | None, image: nn.Module, text: nn.Module, source
     linear = nn.Linear(text.config.width, widths[1], bias=False)
     linear.weight = nn.Parameter(weight.float())
     return linear.eval()
+
+
+class InceptionInstrument:
+    """Inception v3; see `inception` for the ways of resizing."""
+
+    width = inception_v3.WIDTH
+
+    def __init__(self, *, name: str, resize: str, network: inception_v3.Inception):
+        self.name, self.resize = name, inception_v3.RESIZES[resize]
+        self._prepare = {"legacy": inception_v3.legacy, "clean": inception_v3.clean}[resize]
+        self._network = network
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint([self._network], self.resize)
+
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features (n, 2048) of pictures of any size."""
+        device = self._network.Conv2d_1a_3x3.conv.weight.device
+        return in_parts(images, lambda part: self._network(self._prepare(part).to(device)), self.width)
+
+
+def inception(file: Path, *, device: str | torch.device = "cpu", resize: str = "legacy") -> InceptionInstrument:
+    """The Inception v3 whose weights are in a file, in the naming of pytorch-fid and torch-fidelity.
+
+    resize: "legacy", bilinear as TensorFlow 1, what most published distances were measured with; "clean", bicubic with
+    antialiasing (clean-fid), what they should have been. Raises CheckpointError, one line, where the file does not fit.
+    """
+    if resize not in inception_v3.RESIZES:
+        raise ValueError(f"resize {resize!r}; expected {' or '.join(inception_v3.RESIZES)}")
+    network = inception_v3.load(file, device=device)
+    return InceptionInstrument(name=f"Inception v3 ({Path(file).name})", resize=resize, network=network)
 
 
 def fingerprint(modules: Iterable[nn.Module], words: str) -> str:
