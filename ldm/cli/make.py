@@ -2,15 +2,16 @@
 
 import argparse
 import itertools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options
+from ldm.cli import options, sharing
 from ldm.cli.progress import Progress
 
-EPILOG = "Prints the path of every picture as it is written. The seed, progress and warnings go to standard error."
+EPILOG = """Prints the path of every picture as it is written. The seed, progress and warnings go to standard error.
+Many processes share the work: torchrun --nproc_per_node N -m ldm ... Pictures are then numbered by their place in the run, as
+with --resume; paths are printed at the end; and the same command goes on with a run that was stopped."""
 
 
 def add(commands: Any) -> None:
@@ -50,6 +51,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o", "--out", "--outdir", default="outputs", metavar="FOLDER", help="where pictures go (default outputs)"
     )
+    group.add_argument(
+        "--resume", action="store_true", help="go on with what the same command has begun in that folder, or begin what can be"
+    )
     group.add_argument("--preview", metavar="FILE", help="a PNG that shows the first picture on its way, and at the end")
     group.add_argument("--preview-every", type=int, default=5, metavar="N", help="steps between two previews (default 5)")
     group.add_argument(
@@ -64,39 +68,86 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the pictures in portions, and write each portion before the next is begun."""
-    prompts = options.prompts(args)
-    settings = _settings(args)
-    sources = _sources(args)
-    from ldm.output import files
-    from ldm.pipelines.habits import HABITS
-    from ldm.pipelines.settings import SEEDS_BELOW, checked
+    if args.resume or sharing.launched():
+        _shared(args)
+    else:
+        _alone(args)
 
-    given = checked(settings)  # refuse what is wrong before a model is loaded
-    total, made = len(prompts) * given.num_images, 0
-    if given.seed + total > SEEDS_BELOW:
-        raise ValueError(f"seed {given.seed} for {total} images; expected at most {SEEDS_BELOW - total}")
+
+def _alone(args: argparse.Namespace) -> None:
+    """Make the pictures in portions, under the next free numbers, and write each portion before the next is begun."""
+    given, prompts, settings, sources = _asked(args)
+    from ldm.output import files
+    from ldm.pipelines.bulk import portions
+
+    cut = portions(prompts, given)
     folder = _writable(Path(args.out))
-    _check_preview(args)
+    total, made = cut[-1].indices.stop, 0
     components = options.load(args)
     drawn = None if "seed" in settings else given.seed
-    settings |= {"seed": given.seed, **options.sides(args)}
-    whole = HABITS[given.convention].one_generator
-    portions = len(prompts) if whole else -(-total // given.batch_size)
     _warn(components, prompts, given)
-    with Progress(args, components, portions, drawn) as progress:
+    with Progress(args, components, len(cut), drawn) as progress:
         try:
-            for portion, fields in _portions(prompts, settings, given.batch_size, whole=whole):
+            for portion in cut:
                 if args.stops:
                     raise KeyboardInterrupt
                 progress.describe(made, total)
-                result = _pipeline(args.task)(components, portion, **sources, **fields, after_step=progress.after_step)
+                fields = {**settings, "num_images": portion.num_images, "seed": portion.seed}
+                result = _pipeline(args.task)(components, portion.prompts, **sources, **fields, after_step=progress.after_step)
                 for picture, receipt in zip(result.images, result.receipts, strict=True):
                     path = files.save(picture, receipt, folder)
                     made += 1
                     progress.write(path)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {made} of {total} pictures are in {folder}") from None
+
+
+def _shared(args: argparse.Namespace) -> None:
+    """Make those pictures of the run that are not there yet, with all processes; say their paths when all are there."""
+    from ldm.pipelines import bulk
+
+    folder = Path(args.out)
+    with sharing.shared(args, f"interrupted; the same command goes on in {folder}") as (args, agreement):
+        components, order, given = agreement.each(lambda: _order(args, agreement.processes))
+        agreement.first(lambda: _writable(folder))
+        if agreement.processes.leads:
+            _warn(components, order.prompts, given)
+        with Progress(args, components, 1, None) as progress:
+
+            def before(portion: bulk.Portion, count: int) -> None:
+                if args.stops:
+                    raise KeyboardInterrupt
+                progress.portions = count
+                progress.drawn = None if "seed" in order.settings else portion.seed - portion.start
+                progress.describe(portion.start, len(order.prompts) * given.num_images)
+
+            paths = bulk.make(components, order, folder, agreement, before=before, after_step=progress.after_step)
+        if agreement.processes.leads:
+            print(*paths, sep="\n")
+
+
+def _order(args: argparse.Namespace, processes: Any) -> tuple[Any, Any, Any]:
+    """The model, what is to be made of it, and the settings spelled out, but for the seed."""
+    if args.from_file == "-" and processes.count > 1:
+        raise ValueError(f"--from-file - for {processes.count} processes; give a file that all of them can read")
+    given, prompts, settings, sources = _asked(args)
+    from ldm.pipelines.bulk import Order, portions
+
+    portions(prompts, given)  # refuses too high a seed
+    return options.load(args), Order(task=args.task, prompts=prompts, settings=settings, fields=sources), given
+
+
+def _asked(args: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any], dict[str, Any]]:
+    """The settings spelled out, the prompts, the settings given, and what the task takes beside. What is wrong in them is
+    refused here, before a model is loaded."""
+    prompts = options.prompts(args)
+    settings = _settings(args)
+    sources = _sources(args)
+    from ldm.pipelines.settings import checked
+
+    given = checked(settings)
+    _check_preview(args)
+    return given, prompts, settings, sources | options.sides(args)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,45 +205,20 @@ def _check_preview(args: argparse.Namespace) -> None:
     _writable(Path(args.preview).parent, "--preview")
 
 
-def _portions(
-    prompts: list[str], settings: dict[str, Any], batch_size: int, *, whole: bool
-) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Prompts and settings of each call of the pipeline; image i of the whole run has seed + i.
-
-    whole: all images of a prompt at once, for conventions that draw them from one generator.
-    """
-    count, seed = settings.get("num_images", 1), settings["seed"]
-    if whole:
-        for i, prompt in enumerate(prompts):
-            yield [prompt], {**settings, "seed": seed + i * count}
-        return
-    total, start = len(prompts) * count, 0
-    while start < total:
-        portion = [prompts[i // count] for i in range(start, min(start + batch_size, total))]
-        alike = _lora_names(portion[0])
-        portion = list(itertools.takewhile(lambda prompt, alike=alike: _lora_names(prompt) == alike, portion))
-        yield portion, {**settings, "num_images": 1, "seed": seed + start}
-        start += len(portion)
-
-
-def _lora_names(prompt: str) -> list[str]:
-    """What a prompt says of LoRAs, in whatever syntax: prompts that say another thing are made in another call."""
-    return re.findall(r"<lora:[^<>]*>|(?:use|with)Lora\([^()]*\)", prompt, re.IGNORECASE)
-
-
 def _pipeline(task: str) -> Callable[..., Any]:
     import ldm
 
     return getattr(ldm, task)
 
 
-def _warn(components: Any, prompts: list[str], settings: Any) -> None:
+def _warn(components: Any, prompts: Sequence[str], settings: Any) -> None:
     """Of what does not fit, and of what in a LoRA's file is of no use."""
+    from ldm.pipelines.bulk import lora_names
     from ldm.pipelines.conditioning import read
 
     room = components.tokenizer.length - 2  # between the two marks
     found: dict[str, None] = {}  # each once, in order
-    for _, group in itertools.groupby(prompts, _lora_names):
+    for _, group in itertools.groupby(prompts, lora_names):
         conditioning = read(components, list(group), settings)
         cut_offs = [text for text in conditioning.cut_off() if text]
         found |= dict.fromkeys(f"the model reads {room} tokens; cut off: {text!r}; see --long-prompt" for text in cut_offs)
