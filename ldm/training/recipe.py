@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
-MAY_BE_ZERO = ("seed", "warm_up")  # of the whole numbers
+MAY_BE_ZERO = ("seed", "warm_up", "limit", "min_side")  # of the whole numbers
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -74,8 +74,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _given(field: dataclasses.Field) -> dict[str, Any]:
     """What a nested default says other than its own kind does, so that naming one field leaves the others as they were."""
-    default = _default(field)
-    return {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    return dataclasses.asdict(_default(field))
 
 
 def _converted(value: Any, default: Any, where: str) -> Any:
