@@ -1,8 +1,8 @@
-"""One process or many: what `torchrun` says about this one, and what each does of a batch.
+"""One process or many: what `torchrun` says about this one, and where random numbers come from.
 
-A training script is the same alone and under `torchrun`. Random draws are made for the whole batch, by a generator that
-depends on seed and step alone, and each process takes its own rows: so the numbers that a run sees depend neither on how
-many processes share it nor on where it was stopped and resumed.
+A command is the same alone and under `torchrun`. Work is split by number (of an image, of a row of a batch), and the random
+numbers of each are a function of the seed and that number alone: so what comes out depends neither on how many processes
+share the work nor on where it was stopped and resumed.
 """
 
 import os
@@ -13,10 +13,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PATIENCE = timedelta(hours=6)  # with the first process, while it prepares data; torchrun itself sees when one dies
+PATIENCE = timedelta(minutes=30)  # with a process that says nothing; torchrun itself, and the others, see at once when one dies
+
+
+class LostError(ConnectionError):
+    """Another process is gone, or does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,28 +50,6 @@ class Processes:
         """Which attention to train with. On a CPU, the fused kernel's backward pass is slower than the formula written out."""
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
-    def rows(self, total: int, part: int = 0, parts: int = 1) -> slice:
-        """Which rows of a batch of `total` are this process's, in the `part`-th of `parts` micro-batches."""
-        size = total // (self.count * parts)
-        start = (part * self.count + self.rank) * size
-        return slice(start, start + size)
-
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model itself, or one that averages its gradients over all processes."""
-        if self.count == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-    def mean(self, value: Tensor) -> float:
-        """The mean of a number over all processes."""
-        value = value.detach().float()
-        if self.count > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.count
-        return value.item()
-
     def wait(self) -> None:
         if self.count > 1:
             dist.barrier()
@@ -86,12 +67,23 @@ def joined(device: str | None = None) -> Iterator[Processes]:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank=rank, count=count, device=place)
-    finally:
-        if count > 1:
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if count > 1 and _is_of_the_line(error):
+            reason = " ".join(str(error).split())[:160]
+            raise LostError(
+                f"process {rank} of {count} lost touch with another ({reason}); the same command goes on where this one stopped"
+            ) from error
+        raise
+    if count > 1:  # not after an error: who is lost cannot agree to part
+        dist.destroy_process_group()
 
 
-def generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """Where the random numbers of one step come from, on the CPU: a function of its arguments."""
-    mixed = ((seed * 0x9E3779B97F4A7C15 + step) * 0xBF58476D1CE4E5B9 + purpose * 0x94D049BB133111EB) & (2**63 - 1)
-    return torch.Generator().manual_seed(mixed)
+def _is_of_the_line(error: RuntimeError) -> bool:
+    """Whether an error tells of the connection between processes."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection", "ocket"))
+
+
+def generator(seed: int, step: int, purpose: int = 0, row: int = 0) -> torch.Generator:
+    """Where the random numbers of one step, or of one row of its batch, come from, on the CPU: a function of its arguments."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step) * 0xBF58476D1CE4E5B9 + purpose * 0x94D049BB133111EB + row * 0xD6E8FEB86659FD93
+    return torch.Generator().manual_seed(mixed & (2**63 - 1))

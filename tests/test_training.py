@@ -1,12 +1,10 @@
-"""Training: the losses are those of the papers, a run that was killed ends as if it had not been, and many processes train
-the model that one would."""
+"""Training: the losses are those of the papers, and a run that was killed ends as if it had not been. Many processes:
+`test_training_processes.py`."""
 
 import json
 import math
 import random
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,50 +20,10 @@ from ldm.processes import Processes, generator
 from ldm.training import autoencoder, clip, denoising, recipe, unet
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, drawn, keep
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig, _matrix
-from tests.training_runs import environment, killed, largest_difference, steps_of
+from tests.training_runs import RECIPE, RESULT, killed, largest_difference, opened, steps_of
 from weights_convert.architecture import Sampling
 
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
-RECIPE = """
-[autoencoder]
-steps = 10
-batch = 4
-log_every = 2
-save_every = 2
-sheet_every = 5
-model = { level_widths = [8, 8, 16, 16], residual_blocks = 1, norm_groups = 4 }
-data = { count = 48, seed = 1 }
-optimiser = { name = "muon", learning_rate = 2e-3, warm_up = 3 }
-
-[clip]
-steps = 10
-batch = 8
-log_every = 2
-save_every = 2
-test_every = 5
-vocabulary = "scenes"
-text = { vocabulary_size = 645, width = 32, layers = 2, heads = 2, mlp_width = 64 }
-image = { image_size = 64, patch_size = 16, width = 32, layers = 2, heads = 2, mlp_width = 64, projection_width = 32 }
-data = { count = 48, seed = 1 }
-
-[unet]
-steps = 10
-batch = 4
-log_every = 2
-save_every = 2
-sheet_every = 5
-min_snr = 5.0
-data = { count = 48, seed = 1 }
-optimiser = { learning_rate = 1e-3, warm_up = 3 }
-
-[unet.model]
-level_widths = [16, 32]
-attention_levels = [true, true]
-heads = 4
-context_width = 32
-norm_groups = 8
-sample_size = 8
-"""
 JUDGE = """
 [judge]
 count = 64
@@ -79,11 +37,6 @@ psnr = 1.0
 lost = 1.0
 count = 8
 """
-RESULT = {
-    "autoencoder": "model/autoencoder.safetensors",
-    "clip": "model/text_encoder.safetensors",
-    "unet": "model/unet.safetensors",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -101,37 +54,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory, _one_thread):
-    """A recipe, an autoencoder and a text encoder for it, and how to call `ldm train` with them."""
-    folder = tmp_path_factory.mktemp("workshop")
-    (folder / "recipe.toml").write_text(RECIPE)
-    shop = Workshop(folder)
-    for stage in ("autoencoder", "clip"):
-        shop.train(stage, folder / stage)
-    return shop
-
-
-class Workshop:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def command(self, stage, out, *settings, processes=1):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        command = [sys.executable, *launch, "-m", "ldm", "train", stage, "--out", out, "--recipe", self.folder / "recipe.toml"]
-        command += [part for setting in settings for part in ("--set", setting)]
-        if stage == "unet":
-            models = {"--autoencoder": "autoencoder", "--text-encoder": "clip"}
-            command += [part for option, name in models.items() for part in (option, self.folder / name / "model")]
-        return [*map(str, command), "--device", "cpu", "--quiet", "--debug"]
-
-    def train(self, stage, out, *settings, processes=1):
-        """Train in this process, or in several."""
-        command = self.command(stage, out, *settings, processes=processes)
-        if processes == 1:
-            assert run(command[command.index("train") :]) == 0
-        else:
-            done = subprocess.run(command, env=environment(), cwd=out.parent, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-        return out / RESULT[stage]
+    return opened(tmp_path_factory.mktemp("workshop"))
 
 
 # -- Stopped and resumed, on one process and on several ---------------------------------------------------------------------
@@ -148,16 +71,6 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_bytes(workshop, tm
     assert resumed.read_bytes() == undisturbed.read_bytes()
     steps = steps_of(tmp_path / "killed" / "metrics.jsonl")
     assert steps == sorted(steps) and steps == steps_of(tmp_path / "undisturbed" / "metrics.jsonl")
-
-
-@pytest.mark.parametrize("stage", RESULT)
-def test_two_processes_train_the_model_that_one_does_with_twice_the_batch(workshop, tmp_path, stage):
-    half, plain = {"autoencoder": 2, "clip": 4, "unet": 2}[stage], "optimiser.name=adamw"  # Muon rounds to bfloat16 on its way
-    two = workshop.train(stage, tmp_path / "two", f"batch={half}", plain, processes=2)
-    one = workshop.train(stage, tmp_path / "one", f"batch={2 * half}", plain)
-    apart = largest_difference(one, two)
-    moved = largest_difference(one, workshop.train(stage, tmp_path / "other", f"batch={2 * half}", "seed=1", plain))
-    assert apart < 1e-5 and apart < moved / 500, (apart, moved)
 
 
 def test_accumulating_micro_batches_is_training_on_the_whole_batch(workshop, tmp_path):
@@ -316,12 +229,15 @@ def test_the_unets_loss_is_the_weighted_error_of_what_it_predicts(prediction, mi
 
 
 def test_one_caption_in_ten_is_dropped_and_every_timestep_is_drawn():
-    draws = [denoising.Draws(0, step, 500, (4, 2, 2), timesteps=1000, dropout=0.1) for step in range(40)]
+    draws = [denoising.Draws(0, step, slice(0, 500), (4, 2, 2), timesteps=1000, dropout=0.1) for step in range(40)]
     dropped = torch.cat([d.dropped for d in draws]).float().mean().item()
     assert abs(dropped - 0.1) < 0.01
     t = torch.cat([d.t for d in draws])
     assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
-    again = denoising.Draws(0, 7, 500, (4, 2, 2), timesteps=1000, dropout=0.1)
+    again = denoising.Draws(0, 7, slice(0, 500), (4, 2, 2), timesteps=1000, dropout=0.1)
+    some = denoising.Draws(0, 7, slice(20, 30), (4, 2, 2), timesteps=1000, dropout=0.1)
+    for name in ("t", "dropped", "posterior", "noise"):
+        assert torch.equal(getattr(some, name), getattr(again, name)[20:30])  # a row's are its own, whoever asks
     assert torch.equal(again.noise, draws[7].noise) and not torch.equal(draws[6].noise, draws[7].noise)
     assert abs(torch.corrcoef(torch.stack([again.noise.flatten(), again.posterior.flatten()]))[0, 1]) < 0.03
 
@@ -487,14 +403,6 @@ def test_random_numbers_depend_on_seed_step_and_purpose_alone():
     draws = {key: torch.randn(4, generator=generator(*key)) for key in keys}
     assert all(torch.equal(draws[key], torch.randn(4, generator=generator(*key))) for key in keys)
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(keys)
-
-
-def test_the_rows_of_all_processes_and_parts_are_the_batch():
-    rows = []
-    for part in range(2):
-        for rank in range(3):
-            rows += list(range(24))[Processes(rank=rank, count=3, device=torch.device("cpu")).rows(24, part, 2)]
-    assert rows == list(range(24))
 
 
 def test_scenes_are_the_same_from_the_file_and_drawn_anew(tmp_path):

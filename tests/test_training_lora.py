@@ -177,7 +177,7 @@ def test_it_learns_what_the_pictures_show(tmp_path):
     train(recipe, model, tmp_path / "x.safetensors", ALONE, quiet=True)
     data = recipe.data.open(tmp_path, ALONE)
     pixels = data.images([0]).float() / 127.5 - 1
-    draws = denoising.Draws(9, 0, 16, (4, 8, 8), timesteps=1000, dropout=0.0)
+    draws = denoising.Draws(9, 0, slice(0, 16), (4, 8, 8), timesteps=1000, dropout=0.0)
     learned = lora.attach(model, [(lora.read(tmp_path / "x.safetensors", model), 1.0)])
     with torch.no_grad():
         x0 = model.autoencoder.encode(pixels).mean.expand(16, -1, -1, -1) * model.autoencoder.config.scaling_factor

@@ -23,13 +23,15 @@ from ldm.training import model_folder
 from ldm.training.data import DataConfig, batch_of, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.parallel import Together, shares
 
 NOISE = 2  # purpose of the posterior's random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe:
-    """A run's every setting. `batch` is for each process and each of `accumulation` micro-batches of a step."""
+    """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
+    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`)."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -37,6 +39,7 @@ class AutoencoderRecipe:
     steps: int = 10_000
     batch: int = 16
     accumulation: int = 1
+    parallel: str = "exact"
     kl_weight: float = 1e-4
     seed: int = 0
     dtype: str = "float32"
@@ -51,56 +54,56 @@ def train(
 ) -> None:
     """Train, or resume what was begun in `folder`; its `model/autoencoder.safetensors` is the moving average at the end."""
     check(recipe)
+    shared = shares(recipe.batch, recipe.accumulation, processes)
     data = recipe.data.open(cache or folder / "data", processes)
     unseen = recipe.data.open_unseen(256)
     shown = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
 
     torch.manual_seed(recipe.seed)
-    model = Autoencoder(recipe.model).to(processes.device, memory_format=processes.layout)
+    model = Autoencoder(recipe.model)
+    loss = _Loss(model, recipe.kl_weight)
+    together = Together(loss, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
-    loss_of = processes.wrapped(_Loss(model, recipe.kl_weight))
-    if recipe.compile:
-        loss_of = torch.compile(loss_of)
 
-    batch = recipe.batch * recipe.accumulation * processes.count
-    latent_size = recipe.data.size // recipe.model.downsampling
+    batch = recipe.batch * recipe.accumulation
+    side = recipe.data.size // recipe.model.downsampling
+    shape = (recipe.model.latent_channels, side, side)
     for step in range(ledger.step, recipe.steps):
         indices = batch_of(recipe.seed, step, batch, len(data))
-        noise = torch.randn(
-            batch, recipe.model.latent_channels, latent_size, latent_size, generator=generator(recipe.seed, step, NOISE)
-        )
-        for part in range(recipe.accumulation):
-            rows = processes.rows(batch, part, recipe.accumulation)
+        for rows in together.parts():
+            noise = torch.stack(
+                [torch.randn(shape, generator=generator(recipe.seed, step, NOISE, row)) for row in range(rows.start, rows.stop)]
+            )
             images = to_unit(data.images(indices[rows])).to(processes.device, memory_format=processes.layout)
             with processes.precision(recipe.dtype):
-                loss, mse, kl = loss_of(images, noise[rows].to(processes.device))
-            (loss / recipe.accumulation).backward()
+                loss, mse, kl = together.loss_of(images, noise.to(processes.device))
+            together.backward(loss, loss=loss, mse=mse, kl=kl)
+        means = together.finish()
         norm = optimiser.step(step)
         average.update(step)
 
         done = step + 1
         ledger.advance()
         if done % recipe.log_every == 0:
-            figures = {"loss": loss, "mse": mse, "kl": kl, "gradient_norm": norm}
-            ledger.log(done, **{name: processes.mean(value) for name, value in figures.items()})
+            ledger.log(done, **means, gradient_norm=norm.item())
         if done % recipe.sheet_every == 0 or done == recipe.steps:
-            shadow = Autoencoder(recipe.model).to(processes.device).eval()
-            average.into(shadow)
-            remade, latents = reconstruct(shadow, shown)
-            spread = {f"latent_std_{c}": latents[:, c].std().item() for c in range(latents.shape[1])}
-            ledger.log(done, psnr=psnr(remade, shown).mean().item(), **spread)
-            ledger.sheet(f"{done:07}", [shown[:8], remade[:8], shown[8:16], remade[8:16]])
+            shadow = average.into(Autoencoder(recipe.model)).to(processes.device)
+            if processes.leads:
+                remade, latents = reconstruct(shadow, shown)
+                spread = {f"latent_std_{c}": latents[:, c].std().item() for c in range(latents.shape[1])}
+                ledger.log(done, psnr=psnr(remade, shown).mean().item(), **spread)
+                ledger.sheet(f"{done:07}", [shown[:8], remade[:8], shown[8:16], remade[8:16]])
         if done % recipe.save_every == 0 or done == recipe.steps:
             ledger.save(done, model=model, optimiser=optimiser, average=average)
     ledger.close()
 
+    finished = average.into(Autoencoder(recipe.model)).to(processes.device)
     if processes.leads:
-        average.into(model)
-        model.config = replace(model.config, scaling_factor=scale_of(model.eval(), shown))
-        model_folder.write(folder / "model", {"autoencoder": model.eval()})
+        finished.config = replace(finished.config, scaling_factor=scale_of(finished, shown))
+        model_folder.write(folder / "model", {"autoencoder": finished})
 
 
 def check(recipe: AutoencoderRecipe) -> None:

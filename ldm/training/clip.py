@@ -31,6 +31,7 @@ from ldm.training import model_folder
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.parallel import Together, shares
 from weights_convert.tokenizer_files import Vocabulary
 
 SHARPEST = math.log(100.0)  # the most that the logits' scale may grow to (section 2.5)
@@ -38,7 +39,10 @@ SHARPEST = math.log(100.0)  # the most that the logits' scale may grow to (secti
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPRecipe:
-    """A run's every setting. `vocabulary`: "clip" for CLIP's own, "scenes" for what captions of scenes need of it."""
+    """A run's every setting. `vocabulary`: "clip" for CLIP's own, "scenes" for what captions of scenes need of it.
+
+    `batch`: of all processes together, each of which embeds a part of it. `parallel`: "exact", "ddp" or "fsdp" (`parallel.py`).
+    """
 
     text: TextConfig = field(default_factory=TextConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -52,6 +56,7 @@ class CLIPRecipe:
     steps: int = 10_000
     batch: int = 128
     accumulation: int = 1
+    parallel: str = "exact"
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
@@ -81,6 +86,7 @@ class CLIP(nn.Module):
 def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
     """Train, or resume what was begun in `folder`; `model/` has the moving average of both towers at the end."""
     check(recipe)
+    shared = shares(recipe.batch, recipe.accumulation, processes)
     vocabulary = Vocabulary(*cut_vocabulary(captions.grammar_words())) if recipe.vocabulary == "scenes" else None
     length = recipe.text.context_length
     tokenizer = Tokenizer(vocabulary.tokens, vocabulary.merges, length) if vocabulary else Tokenizer.clip(length)
@@ -91,45 +97,43 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     unseen = recipe.data.open_unseen(512)
 
     torch.manual_seed(recipe.seed)
-    model = CLIP(recipe.text, recipe.image).to(processes.device)
+    model = CLIP(recipe.text, recipe.image)
+    together = Together(model, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
-    towers = processes.wrapped(model)
-    if recipe.compile:
-        towers = torch.compile(towers)
 
-    batch = recipe.batch * processes.count
     for step in range(ledger.step, recipe.steps):
-        pairs = Pairs(data, batch_of(recipe.seed, step, batch, len(data)), (recipe.seed, step))
-        rows = processes.rows(batch)
+        pairs = Pairs(data, batch_of(recipe.seed, step, recipe.batch, len(data)), (recipe.seed, step))
+        (rows,) = together.parts()
         pixels = normalised(data.images(pairs.indices[rows]).to(processes.device) / 255)
         ids = _short(tokenizer(pairs.texts[rows] + pairs.false_texts[rows]).ids, tokenizer.end).to(processes.device)
         with processes.precision(recipe.dtype), processes.attention():
-            pictures, texts, scale = towers(pixels, ids, tokenizer.end)
+            pictures, texts, scale = together.loss_of(pixels, ids, tokenizer.end)
         true, false = texts[: len(pictures)], texts[len(pictures) :]
         pictures, true, false = (_gathered(part, processes) for part in (pictures, true, false))
         loss, right = contrast(pictures, true, false, scale, pairs.matches.to(processes.device))
-        loss.backward()
+        together.backward(loss, loss=loss, right=right, scale=scale)
+        means = together.finish()
         norm = optimiser.step(step)
         average.update(step)
 
         done = step + 1
         ledger.advance()
         if done % recipe.log_every == 0:
-            ledger.log(done, loss=loss.item(), right=right.item(), scale=scale.item(), gradient_norm=norm.item())
+            ledger.log(done, **means, gradient_norm=norm.item())
         if done % recipe.test_every == 0 or done == recipe.steps:
-            shadow = CLIP(recipe.text, recipe.image).to(processes.device).eval()
-            average.into(shadow)
-            ledger.log(done, **_test(shadow, unseen, tokenizer, processes))
+            shadow = average.into(CLIP(recipe.text, recipe.image)).to(processes.device)
+            if processes.leads:
+                ledger.log(done, **_test(shadow, unseen, tokenizer, processes))
         if done % recipe.save_every == 0 or done == recipe.steps:
             ledger.save(done, model=model, optimiser=optimiser, average=average)
     ledger.close()
 
+    finished = average.into(CLIP(recipe.text, recipe.image))
     if processes.leads:
-        average.into(model)
-        modules = {"text_encoder": model.text.eval(), "image_encoder": model.image.eval()}
+        modules = {"text_encoder": finished.text, "image_encoder": finished.image}
         model_folder.write(folder / "model", modules, vocabulary=vocabulary)
 
 

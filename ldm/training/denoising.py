@@ -48,14 +48,17 @@ class DenoisingLoss(nn.Module):
 
 
 class Draws:
-    """The random numbers of one step's whole batch, a function of seed and step. shape: of one picture's latents."""
+    """The random numbers of some rows of one step's batch, each a function of seed, step and row.
 
-    def __init__(self, seed: int, step: int, batch: int, shape: tuple[int, ...], *, timesteps: int, dropout: float):
-        random = generator(seed, step, NOISE)
-        self.t = torch.randint(timesteps, (batch,), generator=random)
-        self.dropped = torch.rand(batch, generator=random) < dropout
-        self.posterior = torch.randn(batch, *shape, generator=random)
-        self.noise = torch.randn(batch, *shape, generator=random)
+    shape: of one picture's latents. t (rows,); dropped (rows,), whether the caption is; posterior and noise (rows, *shape).
+    """
+
+    def __init__(self, seed: int, step: int, rows: slice, shape: tuple[int, ...], *, timesteps: int, dropout: float):
+        sources = [generator(seed, step, NOISE, row) for row in range(rows.start, rows.stop)]
+        self.t = torch.cat([torch.randint(timesteps, (1,), generator=source) for source in sources])
+        self.dropped = torch.cat([torch.rand(1, generator=source) for source in sources]) < dropout
+        self.posterior = torch.stack([torch.randn(shape, generator=source) for source in sources])
+        self.noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
 
 
 @torch.no_grad()

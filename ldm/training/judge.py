@@ -20,15 +20,20 @@ from ldm.scenes.world import Scene, mirrored
 from ldm.training.data import Scenes, batch_of, drawn, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.parallel import Together, shares
 
 DISTURBANCE = 3  # purpose of the random numbers that disturb the pictures
+DROPOUT = 7  # of those that choose what is dropped out
 SEED = 900  # of the scenes, apart from those that models are trained on
 UNSEEN = 901  # of those that it is tested on
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRecipe:
-    """A run's every setting. `noise`: the most that is added, of pictures in [-1, 1]; `blur`: the most, in pixels."""
+    """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
+    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `noise`: the most that is added, of pictures in [-1, 1]; `blur`:
+    the most, in pixels.
+    """
 
     model: JudgeConfig = field(default_factory=JudgeConfig)
     count: int = 40_000
@@ -38,6 +43,7 @@ class JudgeRecipe:
     steps: int = 4000
     batch: int = 128
     accumulation: int = 1
+    parallel: str = "exact"
     noise: float = 0.08
     blur: float = 1.0
     seed: int = 0
@@ -49,6 +55,7 @@ class JudgeRecipe:
 
 def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
     """Train, or resume what was begun in `folder`; the result is its `judge.safetensors`."""
+    shared = shares(recipe.batch, recipe.accumulation, processes)
     data = drawn(Scenes(SEED, recipe.count, 64, split="any"), cache or folder / "data", processes)
     scenes = [data.scene(i) for i in range(len(data))]
     answers, mirrored_answers = labels(scenes), labels([mirrored(scene) for scene in scenes])
@@ -57,47 +64,48 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
     test_scenes = [unseen.scene(i) for i in range(len(unseen))]
 
     torch.manual_seed(recipe.seed)
-    model = Judge(recipe.model).to(processes.device, memory_format=processes.layout)
+    model = Judge(recipe.model)
+    together = Together(model, recipe.parallel, processes, shared)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
-    judge = processes.wrapped(model)
 
-    batch = recipe.batch * recipe.accumulation * processes.count
+    batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
-        indices, draws = batch_of(recipe.seed, step, batch, len(data)), Draws(recipe, step, batch)
-        for part in range(recipe.accumulation):
-            rows = processes.rows(batch, part, recipe.accumulation)
-            pictures = draws.disturb(to_unit(data.images(indices[rows])), rows)
+        indices = batch_of(recipe.seed, step, batch, len(data))
+        for rows in together.parts():
+            draws = Draws(recipe, step, rows)
+            pictures = draws.disturb(to_unit(data.images(indices[rows])))
             pictures = pictures.to(processes.device, memory_format=processes.layout)
-            turned = draws.mirrored[rows]
+            turned = draws.mirrored
             right = [
                 torch.where(turned.view(-1, *[1] * (a.ndim - 1)), b[indices[rows]], a[indices[rows]]).to(processes.device)
                 for a, b in zip(answers, mirrored_answers, strict=True)
             ]
-            torch.manual_seed(recipe.seed * 1_000_003 + step)  # of the dropout
+            torch.manual_seed(generator(recipe.seed, step, DROPOUT, rows.start).initial_seed())
             with processes.precision(recipe.dtype):
-                loss = loss_of(judge(pictures), right)
-            (loss / recipe.accumulation).backward()
+                loss = loss_of(together.loss_of(pictures), right)
+            together.backward(loss, loss=loss)
+        means = together.finish()
         optimiser.step(step)
         average.update(step)
 
         done = step + 1
         ledger.advance()
         if done % recipe.log_every == 0:
-            ledger.log(done, loss=processes.mean(loss))
+            ledger.log(done, **means)
         if done % recipe.test_every == 0 or done == recipe.steps:
-            shadow = Judge(recipe.model).to(processes.device).eval()
-            average.into(shadow)
-            ledger.log(done, accuracy=accuracy(shadow, test_pictures, test_scenes))
+            shadow = average.into(Judge(recipe.model)).to(processes.device)
+            if processes.leads:
+                ledger.log(done, accuracy=accuracy(shadow, test_pictures, test_scenes))
         if done % recipe.save_every == 0 or done == recipe.steps:
             ledger.save(done, model=model, optimiser=optimiser, average=average)
     ledger.close()
 
+    finished = average.into(Judge(recipe.model))
     if processes.leads:
-        average.into(model)
-        tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.half().contiguous() for name, tensor in finished.state_dict().items()}
         save_file(tensors, folder / "judge.partial", metadata={"format": "pt"})
         os.replace(folder / "judge.partial", folder / "judge.safetensors")
 
@@ -108,26 +116,24 @@ def loss_of(logits: tuple[Tensor, ...], answers: list[Tensor]) -> Tensor:
 
 
 class Draws:
-    """The random numbers of one step's whole batch: which pictures are mirrored, and how each is disturbed."""
+    """The random numbers of some rows of one step's batch: which pictures are mirrored, and how each is disturbed."""
 
-    def __init__(self, recipe: JudgeRecipe, step: int, batch: int):
-        random = generator(recipe.seed, step, DISTURBANCE)
-        bright, blur, noise, mirror = torch.rand(4, batch, generator=random)
+    def __init__(self, recipe: JudgeRecipe, step: int, rows: slice):
+        sources = [generator(recipe.seed, step, DISTURBANCE, row) for row in range(rows.start, rows.stop)]
+        bright, blur, noise, mirror = torch.stack([torch.rand(4, generator=source) for source in sources], dim=1)
         self.mirrored = mirror < 0.5
         self.brightness = 0.85 + 0.3 * bright
         self.blur = recipe.blur * (2 * blur - 1).clamp(min=0)  # half of the pictures stay sharp,
         self.noise = recipe.noise * (2 * noise - 1).clamp(min=0)  # and half of them clean
-        self.grain = torch.randn(batch, 3, SIZE, SIZE, generator=random)
+        self.grain = torch.stack([torch.randn(3, SIZE, SIZE, generator=source) for source in sources])
 
-    def disturb(self, pictures: Tensor, rows: slice) -> Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1], those of `rows` of the batch."""
+    def disturb(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1], those of the rows."""
         shape = (-1, 1, 1, 1)
-        mirrored, brightness, blur, noise = (
-            v[rows].view(shape) for v in (self.mirrored, self.brightness, self.blur, self.noise)
-        )
+        mirrored, brightness, blur, noise = (v.view(shape) for v in (self.mirrored, self.brightness, self.blur, self.noise))
         pictures = torch.where(mirrored, pictures.flip(-1), pictures) * brightness
         pictures = _blurred(_blurred(pictures, blur), blur, across=False)
-        return pictures + noise * self.grain[rows]
+        return pictures + noise * self.grain
 
 
 def _blurred(pictures: Tensor, sigma: Tensor, *, across: bool = True) -> Tensor:

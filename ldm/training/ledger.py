@@ -2,7 +2,7 @@
 
     recipe.json        every setting
     metrics.jsonl      one line a log: step, seconds, figures
-    checkpoint.pt      the last whole state: model, average, optimiser, step
+    checkpoint.pt      the last whole state: model, average, optimiser, step; a folder where it is sharded (see `sharded.py`)
     sheets/            sample sheets, one a log of its own
     NAME.safetensors   the result
 
@@ -25,9 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.processes import Processes
+from ldm.training import sharded
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
-MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile")  # between a stop and the resumption
+MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile", "batch", "accumulation")  # their product may not
 
 
 class Ledger:
@@ -42,14 +43,16 @@ class Ledger:
         self.folder, self.recipe, self.processes = folder, recipe, processes
         self.settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
         self.settings |= given or {}
-        self.settings["batch of all processes"] = recipe.batch * recipe.accumulation * processes.count
+        self.settings["batch x accumulation"] = recipe.batch * recipe.accumulation
+        self.sharded = recipe.parallel == "fsdp"
         self.quiet = quiet or not processes.leads
         self.step, self.spent = 0, 0.0
 
     def resume(self, **parts: Any) -> None:
         """Give the parts the state that `save` wrote last, if it ever did. Raises ValueError where the recipe is another."""
         path = self.folder / CHECKPOINT
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
+        state = whole or sharded.latest(self.folder)
         if state:
             before, now = _flat(state["settings"]), _flat(self.settings)
             changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k) and k not in MAY_CHANGE]
@@ -57,8 +60,12 @@ class Ledger:
                 was = ", ".join(f"{k} {before.get(k)} and not {now.get(k)}" for k in changed[:3])
                 raise ValueError(f"{self.folder}: holds a run with {was}; resume it with those, or name another folder")
             self.step, self.spent = state["step"], state["seconds"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            if whole:
+                for name, part in parts.items():
+                    part.load_state_dict(whole[name])
+            else:
+                sharded.load(self.folder, parts)
+        self.processes.wait()  # until all have read what the first is about to change
         if self.processes.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / RECIPE, json.dumps(self.settings, indent=2) + "\n")
@@ -87,9 +94,12 @@ class Ledger:
 
     def save(self, step: int, **parts: Any) -> None:
         """A whole state, `step` steps done. All processes may call it; it returns when the file is there."""
+        told = {"step": step, "seconds": self.seconds, "settings": self.settings}
+        if self.sharded:
+            sharded.save(self.folder, told, parts, self.processes)
+            return
         if self.processes.leads:
-            state = {"step": step, "seconds": self.seconds, "settings": self.settings}
-            state |= {name: part.state_dict() for name, part in parts.items()}
+            state = told | {name: part.state_dict() for name, part in parts.items()}
             partial = self.folder / (CHECKPOINT + ".partial")
             with open(partial, "wb") as file:
                 torch.save(state, file)

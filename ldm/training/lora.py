@@ -27,6 +27,7 @@ from ldm.training.data import DataConfig, Folder, Scenes, batch_of, to_unit
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import CHECKPOINT, Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.parallel import Together, shares
 from weights_convert.lora import write_lora
 from weights_convert.naming.lora import Layer, layer_shapes
 
@@ -43,9 +44,10 @@ ON_A_SHEET = 8  # pictures a row
 class LoRARecipe:
     """A run's every setting. What is learned is (alpha / rank) up down, `rank` being the inner side of the factors.
 
-    `layers`: attention, transformer or all; of the UNet, and with `text_encoder` of the text encoder. `dropout`: the share of
-    empty captions. `min_snr` 0 weighs all timesteps alike. The learning rate is kept after a warm-up of 50 steps, and the
-    result is not averaged over steps, unless `optimiser` says so.
+    A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share, `parallel` "exact" or
+    "ddp" (see `parallel.py`). `layers`: attention, transformer or all; of the UNet, and with `text_encoder` of the text
+    encoder. `dropout`: the share of empty captions. `min_snr` 0 weighs all timesteps alike. The learning rate is kept after a
+    warm-up of 50 steps, and the result is not averaged over steps, unless `optimiser` says so.
     """
 
     rank: int = 16
@@ -57,6 +59,7 @@ class LoRARecipe:
     steps: int = 1000
     batch: int = 4
     accumulation: int = 1
+    parallel: str = "exact"
     dropout: float = 0.0
     min_snr: float = 0.0
     seed: int = 0
@@ -74,6 +77,7 @@ def train(recipe: LoRARecipe, base: Components, out: Path, processes: Processes,
     """
     folder = out.with_suffix(".run")
     check(recipe, base, out)
+    shared = shares(recipe.batch, recipe.accumulation, processes)
     data = recipe.data.open(folder / "data", processes)
     base.unet.to(memory_format=processes.layout)
     for module in (base.text_encoder, base.unet, base.autoencoder):
@@ -87,36 +91,33 @@ def train(recipe: LoRARecipe, base: Components, out: Path, processes: Processes,
     random = generator(recipe.seed, 0, BEGINNING)
     model, pairs = lora.with_pairs(base, layers_of(recipe, base), recipe.rank, recipe.alpha, random)
     factors = nn.ModuleList(pairs.values())
+    together = Together(_Loss(model, base.schedule, recipe), recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(factors, recipe.optimiser, recipe.steps)
     average = MovingAverage(factors, recipe.optimiser.ema)
     modules = {"text_encoder": base.text_encoder, "unet": base.unet, "autoencoder": base.autoencoder}
     ledger = Ledger(folder, recipe, processes, given={"model": fingerprint(modules)}, quiet=quiet)
     ledger.resume(factors=factors, optimiser=optimiser, average=average)
-    loss_of = processes.wrapped(_Loss(model, base.schedule, recipe))
-    if recipe.compile:
-        loss_of = torch.compile(loss_of)
 
-    batch = recipe.batch * recipe.accumulation * processes.count
+    batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
         indices = batch_of(recipe.seed, step, batch, len(data))
         timesteps = base.schedule.train_steps
-        draws = Draws(recipe.seed, step, batch, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
-        for part in range(recipe.accumulation):
-            rows = processes.rows(batch, part, recipe.accumulation)
-            x0 = latents.draw(indices[rows], draws.posterior[rows])
-            text = texts.rows(indices[rows], draws.dropped[rows])
-            t, noise = draws.t[rows], draws.noise[rows]
-            x0, text, t, noise = (v.to(processes.device) for v in (x0, text, t, noise))
+        for rows in together.parts():
+            draws = Draws(recipe.seed, step, rows, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
+            x0 = latents.draw(indices[rows], draws.posterior)
+            text = texts.rows(indices[rows], draws.dropped)
+            x0, text, t, noise = (v.to(processes.device) for v in (x0, text, draws.t, draws.noise))
             with processes.precision(recipe.dtype), processes.attention():
-                loss = loss_of(x0, t, noise, text)
-            (loss / recipe.accumulation).backward()
+                loss = together.loss_of(x0, t, noise, text)
+            together.backward(loss, loss=loss)
+        means = together.finish()
         norm = optimiser.step(step)
         average.update(step)
 
         done = step + 1
         ledger.advance()
         if done % recipe.log_every == 0:
-            ledger.log(done, loss=processes.mean(loss), gradient_norm=norm.item())
+            ledger.log(done, **means, gradient_norm=norm.item())
         if done % recipe.sheet_every == 0 or done == recipe.steps:
             if processes.leads:
                 file = save(folder / "loras" / f"{done:07}.safetensors", recipe, base, list(pairs), average, done)
@@ -140,6 +141,8 @@ def check(recipe: LoRARecipe, base: Components, out: Path) -> None:
         )
     if recipe.data.size % (latents.downsampling * coarsest):
         raise ValueError(f"data.size {recipe.data.size}; expected a multiple of {latents.downsampling * coarsest}")
+    if recipe.parallel == "fsdp":
+        raise ValueError("parallel fsdp; expected exact or ddp: the factors of a LoRA are small, and the model does not change")
     if recipe.layers not in LAYERS:
         raise ValueError(f"layers {recipe.layers!r}; expected {', '.join(LAYERS)}")
     if not 0 <= recipe.dropout <= 1:

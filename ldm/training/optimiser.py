@@ -7,11 +7,13 @@ linear layers and convolutions, AdamW for all the rest. Moving average: Ho et al
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+N = TypeVar("N", bound=nn.Module)
 SMALLEST_MATRIX = 16  # sides; less is an input or output of few channels, which Muon's authors leave to AdamW
 
 
@@ -40,6 +42,8 @@ class Optimiser:
         self.config, self.steps = config, steps
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        if config.name == "muon" and any(isinstance(p, DTensor) for p in self.parameters):
+            raise ValueError("optimiser muon with parallel fsdp; expected adamw: Muon needs whole matrices")
         matrices = [p for p in self.parameters if p not in embeddings and _is_matrix(p)] if config.name == "muon" else []
         kept = set(matrices)
         rest = [p for p in self.parameters if p not in kept]
@@ -51,7 +55,7 @@ class Optimiser:
 
     def step(self, step: int) -> float:
         """Change the weights by their gradients, which are gone afterwards; step counts from 0. Returns the gradient's norm."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        norm = _whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True))
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm, foreach=True)
         for part in self.parts:
@@ -75,6 +79,11 @@ class Optimiser:
     def load_state_dict(self, state: Iterable[dict[str, Any]]) -> None:
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered, for which all processes call; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _is_matrix(p: Tensor) -> bool:
@@ -124,6 +133,8 @@ class MovingAverage:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         torch._foreach_copy_(list(self.average.values()), [state[name] for name in self.average])
 
-    def into(self, model: nn.Module) -> None:
-        """Give a model of the same kind the average as its weights."""
-        model.load_state_dict({**model.state_dict(), **self.average})
+    def into(self, model: N) -> N:
+        """A new model of the same kind, on the CPU, with the average as its weights. Sharded ones are gathered, for which all
+        processes call."""
+        model.load_state_dict({**model.state_dict(), **{name: _whole(value) for name, value in self.average.items()}})
+        return model.eval()

@@ -29,6 +29,7 @@ from ldm.training.data import DataConfig, batch_of
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
+from ldm.training.parallel import Together, shares
 from weights_convert.tokenizer_files import Vocabulary
 
 SHEET_SCALE = 4.0
@@ -36,7 +37,10 @@ SHEET_SCALE = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class UNetRecipe:
-    """A run's every setting. `min_snr` 0 weighs all timesteps alike. `dropout`: the share of empty captions."""
+    """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
+    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `min_snr` 0 weighs all timesteps alike. `dropout`: the share of
+    empty captions.
+    """
 
     model: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -45,6 +49,7 @@ class UNetRecipe:
     steps: int = 100_000
     batch: int = 64
     accumulation: int = 1
+    parallel: str = "exact"
     dropout: float = 0.1
     min_snr: float = 0.0
     seed: int = 0
@@ -77,61 +82,60 @@ def train(
     base: gives tokenizer, text encoder and autoencoder, all frozen, and its UNet to begin with, if it has one.
     """
     check(recipe, base.autoencoder.config, base.text_encoder.config)
+    shared = shares(recipe.batch, recipe.accumulation, processes)
     cache = cache or folder / "data"
     data = recipe.data.open(cache, processes)
     latents = Latents(data, base.autoencoder, cache, processes)
     contexts = Contexts(data, base.tokenizer, base.text_encoder, cache, processes)
 
     torch.manual_seed(recipe.seed)
-    model = UNet(recipe.model).to(processes.device, memory_format=processes.layout)
+    model = UNet(recipe.model)
     if base.unet is None:
         initialise(model)
     else:
         model.load_state_dict(base.unet.state_dict())
+    loss = DenoisingLoss(model, recipe.schedule, recipe.min_snr)
+    together = Together(loss, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
     ledger = Ledger(folder, recipe, processes, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
-    loss_of = processes.wrapped(DenoisingLoss(model, recipe.schedule, recipe.min_snr))
-    if recipe.compile:
-        loss_of = torch.compile(loss_of)
 
-    batch = recipe.batch * recipe.accumulation * processes.count
+    batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
         indices = batch_of(recipe.seed, step, batch, len(data))
         timesteps = recipe.schedule.train_steps
-        draws = Draws(recipe.seed, step, batch, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
-        for part in range(recipe.accumulation):
-            rows = processes.rows(batch, part, recipe.accumulation)
-            x0 = latents.draw(indices[rows], draws.posterior[rows])
-            context = contexts.rows(indices[rows], draws.dropped[rows])
-            t, noise = draws.t[rows], draws.noise[rows]
-            x0, context, t, noise = (v.to(processes.device) for v in (x0, context, t, noise))
+        for rows in together.parts():
+            draws = Draws(recipe.seed, step, rows, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
+            x0 = latents.draw(indices[rows], draws.posterior)
+            context = contexts.rows(indices[rows], draws.dropped)
+            x0, context, t, noise = (v.to(processes.device) for v in (x0, context, draws.t, draws.noise))
             with processes.precision(recipe.dtype), processes.attention():
-                loss = loss_of(x0, t, noise, context)
-            (loss / recipe.accumulation).backward()
+                loss = together.loss_of(x0, t, noise, context)
+            together.backward(loss, loss=loss)
+        means = together.finish()
         norm = optimiser.step(step)
         average.update(step)
 
         done = step + 1
         ledger.advance()
         if done % recipe.log_every == 0:
-            ledger.log(done, loss=processes.mean(loss), gradient_norm=norm.item())
+            ledger.log(done, **means, gradient_norm=norm.item())
         if done % recipe.sheet_every == 0 or done == recipe.steps:
-            shadow = UNet(recipe.model).to(processes.device).eval()
-            average.into(shadow)
-            rows = 24 * [0] if len(data) < 24 else list(range(24))
-            shown = contexts.rows(rows, torch.zeros(24, dtype=torch.bool))
-            how = {"side": recipe.model.sample_size, "schedule": recipe.schedule, "scale": SHEET_SCALE, "seed": recipe.seed}
-            made = sample(shadow, base.autoencoder, shown, contexts.empty, **how)
-            ledger.sheet(f"{done:07}", list(made.split(8)))
+            shadow = average.into(UNet(recipe.model)).to(processes.device)
+            if processes.leads:
+                rows = 24 * [0] if len(data) < 24 else list(range(24))
+                shown = contexts.rows(rows, torch.zeros(24, dtype=torch.bool))
+                how = {"side": recipe.model.sample_size, "schedule": recipe.schedule, "scale": SHEET_SCALE, "seed": recipe.seed}
+                made = sample(shadow, base.autoencoder, shown, contexts.empty, **how)
+                ledger.sheet(f"{done:07}", list(made.split(8)))
         if done % recipe.save_every == 0 or done == recipe.steps:
             ledger.save(done, model=model, optimiser=optimiser, average=average)
     ledger.close()
 
+    finished = average.into(UNet(recipe.model))
     if processes.leads:
-        average.into(model)
-        modules = {"text_encoder": base.text_encoder, "unet": model.eval(), "autoencoder": base.autoencoder}
+        modules = {"text_encoder": base.text_encoder, "unet": finished, "autoencoder": base.autoencoder}
         vocabulary = Vocabulary(dict(base.tokenizer.vocabulary), tuple(base.tokenizer.merges))
         model_folder.write(folder / "model", modules, schedule=recipe.schedule, vocabulary=vocabulary)
 

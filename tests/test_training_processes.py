@@ -1,0 +1,149 @@
+"""Many processes train the model that one does: to the last bit, unless torch's own ways to add up are asked for; and when one
+of them is killed, another number of them goes on."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.processes import Processes
+from ldm.training.parallel import TreeSum, shares
+from tests.training_runs import RESULT, largest_difference, one_killed, opened, steps_of
+
+LEAVES = ("batch=1", "accumulation=4")
+
+
+@pytest.fixture(autouse=True)
+def _gradients(_inference):
+    """Unlike in all other tests."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    torch.set_num_threads(1)  # as in the processes that are started: another number adds up in another order
+    return opened(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def alone(workshop):
+    """What one process makes of the recipe in four micro-batches."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return {stage: workshop.train(stage, workshop.folder / "alone" / stage, *LEAVES) for stage in ("autoencoder", "unet")}
+
+
+def process(rank: int, count: int) -> Processes:
+    return Processes(rank=rank, count=count, device=torch.device("cpu"))
+
+
+# -- Who takes what, and in which order it is added up -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (4, 2), (2, 4), (1, 12), (6, 2)])
+def test_the_rows_of_all_processes_are_the_batch(batch, accumulation):
+    for count in (1, 2, 4):
+        if accumulation % count and batch * accumulation % count:
+            continue
+        rows = [row for rank in range(count) for part in shares(batch, accumulation, process(rank, count)) for row in _of(part)]
+        assert rows == list(range(batch * accumulation))
+        if accumulation % count == 0:
+            assert {part.stop - part.start for part in shares(batch, accumulation, process(0, count))} == {batch}
+
+
+def _of(part: slice) -> range:
+    return range(part.start, part.stop)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "count"), [(3, 1, 2), (4, 2, 3), (1, 2, 4)])
+def test_a_batch_that_does_not_divide_is_refused(batch, accumulation, count):
+    with pytest.raises(ValueError, match=rf"{accumulation} micro-batches of {batch} pictures for {count} processes"):
+        shares(batch, accumulation, process(0, count))
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4, 7, 8, 12, 13])
+def test_a_sum_is_the_same_wherever_its_list_is_cut_in_blocks_of_a_power_of_two(leaves):
+    values = torch.randn(leaves, 1000, generator=torch.Generator().manual_seed(leaves))
+    whole = total(values)
+    for block in (1, 2, 4):
+        parts = torch.stack([total(part) for part in values.split(block)])
+        assert torch.equal(total(parts), whole)
+    assert torch.allclose(whole, values.sum(0), atol=1e-5)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    tree = TreeSum()
+    for value in values:
+        tree.add([value.clone()])
+    return tree.total()[0]
+
+
+def test_the_order_of_the_sum_matters():
+    values = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    in_turn = values[0].clone()
+    for value in values[1:]:
+        in_turn += value
+    assert not torch.equal(in_turn, total(values))
+
+
+# -- Whole runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "count"),
+    [("autoencoder", 2), ("unet", 2), pytest.param("unet", 4, marks=pytest.mark.slow)],
+)
+def test_any_number_of_processes_trains_the_same_bytes(workshop, alone, tmp_path, stage, count):
+    several = workshop.train(stage, tmp_path / "several", *LEAVES, processes=count)
+    assert several.read_bytes() == alone[stage].read_bytes()
+    assert logged(tmp_path / "several") == logged(workshop.folder / "alone" / stage)
+
+
+def logged(folder) -> list[dict[str, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_lost_a_process_goes_on_with_another_number_of_them(workshop, alone, tmp_path, count):
+    command = workshop.command("unet", tmp_path / "run", *LEAVES, processes=2)
+    done = one_killed(command, tmp_path / "run" / "metrics.jsonl", after=4)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert not (tmp_path / "run" / RESULT["unet"]).exists()
+    assert workshop.train("unet", tmp_path / "run", *LEAVES, processes=count).read_bytes() == alone["unet"].read_bytes()
+    assert steps_of(tmp_path / "run" / "metrics.jsonl") == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("stage", ["clip"])
+def test_contrast_is_over_the_batch_of_all_processes(workshop, tmp_path, stage):
+    plain = "optimiser.name=adamw"  # Muon rounds to bfloat16 on its way
+    one, two = (workshop.train(stage, tmp_path / f"{count}", plain, processes=count) for count in (1, 2))
+    moved = largest_difference(one, workshop.train(stage, tmp_path / "other", "seed=1", plain))
+    apart = largest_difference(one, two)
+    assert apart < 1e-5 and apart < moved / 500, (apart, moved)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_torchs_own_ways_train_the_same_model(workshop, alone, tmp_path, way):
+    made = workshop.train("unet", tmp_path / way, *LEAVES, f"parallel={way}", processes=2)
+    assert largest_difference(alone["unet"], made) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_lost_a_process_goes_on_with_another_number_of_them(workshop, alone, tmp_path):
+    settings = (*LEAVES, "parallel=fsdp")
+    done = one_killed(workshop.command("unet", tmp_path / "run", *settings, processes=2), tmp_path / "run" / "metrics.jsonl", 4)
+    assert done.returncode != 0 and len(list((tmp_path / "run").glob("checkpoint-*"))) >= 1
+    made = workshop.train("unet", tmp_path / "run", *settings, processes=4)
+    assert largest_difference(alone["unet"], made) < 1e-5
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000010"]
+
+
+def test_sharding_on_one_process_is_refused(workshop, tmp_path, capsys):
+    from ldm.cli import run
+
+    command = workshop.command("unet", tmp_path / "run", "parallel=fsdp")
+    command.remove("--debug")
+    assert run(command[command.index("train") :]) == 1
+    assert "parallel fsdp with one process" in capsys.readouterr().err
