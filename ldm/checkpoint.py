@@ -89,7 +89,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"{source}: cannot be loaded in dtype {dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    _check_device(source, device)
+    check_device(source, device)
     checkpoint = weights_convert.read(_local(source, variant), weights=weights, variant=variant, ignore=ignore)
     missing = [kind for kind in REQUIRED if kind not in checkpoint.components]
     if missing:
@@ -161,7 +161,8 @@ def _tensors(component: Component, device: torch.device, dtype: torch.dtype) -> 
                 converted = 0
 
 
-def _check_device(source: str | Path, device: str | torch.device) -> None:
+def check_device(source: str | Path, device: str | torch.device) -> None:
+    """Raise CheckpointError, one line, where the device cannot be used."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # an unknown name, one this build has not, one that is not there

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import weights_convert
 from ldm import images
-from ldm.checkpoint import BUNDLED, bundled_folder, load_module
+from ldm.checkpoint import BUNDLED, bundled_folder, check_device, load_module
 from ldm.evaluation import inception as inception_v3
 from ldm.models.clip import normalised, pool
 from ldm.output.safety import prepared
@@ -115,6 +115,7 @@ def clip(source: str | Path = BUNDLED, *, device: str | torch.device = "cpu", re
     """
     if resize not in (None, *CLIP_RESIZES):
         raise ValueError(f"resize {resize!r}; expected {' or '.join(CLIP_RESIZES)}")
+    check_device(source, device)
     folder = bundled_folder() if str(source) == BUNDLED else Path(source).expanduser()
     if (folder / native_folder.INDEX).exists():
         found, own = weights_convert.read(folder), "none"
@@ -179,6 +180,7 @@ def inception(file: Path, *, device: str | torch.device = "cpu", resize: str = "
     """
     if resize not in inception_v3.RESIZES:
         raise ValueError(f"resize {resize!r}; expected {' or '.join(inception_v3.RESIZES)}")
+    check_device(file, device)
     network = inception_v3.load(file, device=device)
     return InceptionInstrument(name=f"Inception v3 ({Path(file).name})", resize=resize, network=network)
 
