@@ -11,9 +11,9 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from ldm.cli import diff, encode, evaluate, inspect, make, precision, replay, schedule, serve, trace, train, verify
+from ldm.cli import diff, duplicates, encode, evaluate, inspect, make, precision, replay, schedule, serve, trace, train, verify
 
-COMMANDS = (make, serve, replay, inspect, schedule, train, encode, evaluate, trace, diff, precision, verify)
+COMMANDS = (make, serve, replay, inspect, schedule, train, encode, evaluate, duplicates, trace, diff, precision, verify)
 
 
 def main(arguments: list[str] | None = None) -> None:

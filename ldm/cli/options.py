@@ -59,7 +59,7 @@ def load(args: argparse.Namespace) -> "Components":
     if approximations and not args.fast:
         raise ValueError(f"--{next(iter(approximations)).replace('_', '-')} is for --fast; add that, or leave it out")
     source = args.model or os.environ.get(MODEL_VARIABLE) or BUNDLED
-    device = args.device or _best_device()
+    device = args.device or best_device()
     chosen = {name: getattr(args, name) for name in ("weights", "variant", "tokenizer") if getattr(args, name) is not None}
     safety = getattr(args, "safety", None) != "off"  # which nobody then asks
     components = ldm.load(source, device=device, dtype=_dtype(args, device), safety=safety, **chosen)
@@ -70,7 +70,8 @@ def load(args: argparse.Namespace) -> "Components":
     return accelerate(components, **approximations)
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """A GPU where there is one."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,9 @@
 """The CLIP score: how well pictures fit their prompts, as the mean cosine of their embeddings.
 
 Radford et al. 2021 (arXiv:2103.00020) for the embeddings, Hessel et al. 2021, "CLIPScore", arXiv:2104.08718, for the score.
-There it is 2.5 max(cos, 0) of each pair; in the tables of Stable Diffusion it is the mean cosine itself, about 0.26; torchmetrics
-gives 100 times that, and no less than 0. Embeddings (n, d) twice -> one number. It compares only through the same CLIP.
+There it is 2.5 max(cos, 0) of each pair; in the tables of Stable Diffusion it is the mean cosine itself, about 0.26, and
+torchmetrics gives 100 times that, no less than 0. Embeddings (n, d) and (n, d) -> one number, which compares only with those of
+the same CLIP.
 """
 
 from dataclasses import dataclass
