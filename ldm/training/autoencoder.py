@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.processes import Processes, generator
 from ldm.training import model_folder
-from ldm.training.data import DataConfig, batch_of, to_unit
+from ldm.training.data import DataConfig, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
 from ldm.training.parallel import Together, shares
@@ -55,7 +55,7 @@ def train(
     """Train, or resume what was begun in `folder`; its `model/autoencoder.safetensors` is the moving average at the end."""
     check(recipe)
     shared = shares(recipe.batch, recipe.accumulation, processes)
-    data = recipe.data.open(cache or folder / "data", processes)
+    data = recipe.data.open(cache or folder / "data", processes, quiet=quiet)
     unseen = recipe.data.open_unseen(256)
     shown = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
 
@@ -72,7 +72,7 @@ def train(
     side = recipe.data.size // recipe.model.downsampling
     shape = (recipe.model.latent_channels, side, side)
     for step in range(ledger.step, recipe.steps):
-        indices = batch_of(recipe.seed, step, batch, len(data))
+        indices = data.batch(recipe.seed, step, batch)
         for rows in together.parts():
             noise = torch.stack(
                 [torch.randn(shape, generator=generator(recipe.seed, step, NOISE, row)) for row in range(rows.start, rows.stop)]

@@ -28,7 +28,7 @@ from ldm.scenes.world import Scene
 from ldm.text.cut import cut_vocabulary
 from ldm.text.tokenizer import Tokenizer
 from ldm.training import model_folder
-from ldm.training.data import DataConfig, Folder, Scenes, batch_of
+from ldm.training.data import Data, DataConfig, Scenes
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
 from ldm.training.parallel import Together, shares
@@ -93,7 +93,7 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     if len(tokenizer.vocabulary) > recipe.text.vocabulary_size:
         sizes = (recipe.text.vocabulary_size, len(tokenizer.vocabulary))
         raise ValueError(f"text.vocabulary_size {sizes[0]} for {sizes[1]} tokens; expected at least that many")
-    data = recipe.data.open(cache or folder / "data", processes)
+    data = recipe.data.open(cache or folder / "data", processes, quiet=quiet)
     unseen = recipe.data.open_unseen(512)
 
     torch.manual_seed(recipe.seed)
@@ -105,7 +105,7 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     ledger.resume(model=model, optimiser=optimiser, average=average)
 
     for step in range(ledger.step, recipe.steps):
-        pairs = Pairs(data, batch_of(recipe.seed, step, recipe.batch, len(data)), (recipe.seed, step))
+        pairs = Pairs(data, data.batch(recipe.seed, step, recipe.batch), (recipe.seed, step))
         (rows,) = together.parts()
         pixels = normalised(data.images(pairs.indices[rows]).to(processes.device) / 255)
         ids = _short(tokenizer(pairs.texts[rows] + pairs.false_texts[rows]).ids, tokenizer.end).to(processes.device)
@@ -171,9 +171,9 @@ def contrast(pictures: Tensor, true: Tensor, false: Tensor, scale: Tensor, match
 class Pairs:
     """A batch: `indices` of pictures, a true text each, of scenes an almost true one too, and who matches whom."""
 
-    def __init__(self, data: Scenes | Folder, indices: list[int], key: tuple[int, ...]):
+    def __init__(self, data: Data, indices: list[int], key: tuple[int, ...]):
         self.indices = indices
-        if isinstance(data, Folder):
+        if not isinstance(data, Scenes):
             self.texts, self.false_texts = data.captions(indices), []
             self.matches = torch.tensor([[a == b for b in self.texts] for a in self.texts])
             return
@@ -202,7 +202,7 @@ def _matches(scenes: list[Scene], statements: list[Statement]) -> Tensor:
 
 
 @torch.no_grad()
-def _test(model: CLIP, unseen: Scenes | Folder, tokenizer: Tokenizer, processes: Processes) -> dict[str, float]:
+def _test(model: CLIP, unseen: Data, tokenizer: Tokenizer, processes: Processes) -> dict[str, float]:
     """On pictures that are not trained on: how often the true text beats all others of the set; the almost true one; and, by
     the axis that two solids stand along, the one that says the opposite."""
     pairs = Pairs(unseen, list(range(len(unseen))), (0,))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.processes import Processes, generator
 from ldm.scenes.judge import SIZE, Judge, JudgeConfig, labels, verdicts
 from ldm.scenes.world import Scene, mirrored
-from ldm.training.data import Scenes, batch_of, drawn, to_unit
+from ldm.training.data import Scenes, drawn, to_unit
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
 from ldm.training.parallel import Together, shares
@@ -73,7 +73,7 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
 
     batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
-        indices = batch_of(recipe.seed, step, batch, len(data))
+        indices = data.batch(recipe.seed, step, batch)
         for rows in together.parts():
             draws = Draws(recipe, step, rows)
             pictures = draws.disturb(to_unit(data.images(indices[rows])))

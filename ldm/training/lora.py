@@ -23,7 +23,7 @@ from ldm.diffusion.schedule import ScheduleConfig
 from ldm.output.receipt import fingerprint
 from ldm.processes import Processes, generator
 from ldm.training.cache import Contexts, Latents, Tokens
-from ldm.training.data import DataConfig, Folder, Scenes, batch_of, to_unit
+from ldm.training.data import Data, DataConfig, to_unit
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import CHECKPOINT, Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
@@ -78,7 +78,7 @@ def train(recipe: LoRARecipe, base: Components, out: Path, processes: Processes,
     folder = out.with_suffix(".run")
     check(recipe, base, out)
     shared = shares(recipe.batch, recipe.accumulation, processes)
-    data = recipe.data.open(folder / "data", processes)
+    data = recipe.data.open(folder / "data", processes, quiet=quiet)
     base.unet.to(memory_format=processes.layout)
     for module in (base.text_encoder, base.unet, base.autoencoder):
         module.requires_grad_(False).eval()
@@ -100,7 +100,7 @@ def train(recipe: LoRARecipe, base: Components, out: Path, processes: Processes,
 
     batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
-        indices = batch_of(recipe.seed, step, batch, len(data))
+        indices = data.batch(recipe.seed, step, batch)
         timesteps = base.schedule.train_steps
         for rows in together.parts():
             draws = Draws(recipe.seed, step, rows, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
@@ -197,7 +197,7 @@ def save(path: Path, recipe: LoRARecipe, base: Components, layers: list[Layer], 
 
 
 @torch.no_grad()
-def sheet(recipe: LoRARecipe, base: Components, file: Path, data: Scenes | Folder) -> list[Tensor]:
+def sheet(recipe: LoRARecipe, base: Components, file: Path, data: Data) -> list[Tensor]:
     """Rows of pictures (b, 3, h, w): of the data, and of its captions without the LoRA and with it, as it is in the file."""
     shown = list(range(min(ON_A_SHEET, len(data))))
     rows = [to_unit(data.images(shown))]

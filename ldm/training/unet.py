@@ -25,7 +25,7 @@ from ldm.processes import Processes
 from ldm.text.tokenizer import Tokenizer
 from ldm.training import model_folder
 from ldm.training.cache import Contexts, Latents
-from ldm.training.data import DataConfig, batch_of
+from ldm.training.data import DataConfig
 from ldm.training.denoising import DenoisingLoss, Draws, sample
 from ldm.training.ledger import Ledger
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
@@ -84,7 +84,7 @@ def train(
     check(recipe, base.autoencoder.config, base.text_encoder.config)
     shared = shares(recipe.batch, recipe.accumulation, processes)
     cache = cache or folder / "data"
-    data = recipe.data.open(cache, processes)
+    data = recipe.data.open(cache, processes, quiet=quiet)
     latents = Latents(data, base.autoencoder, cache, processes)
     contexts = Contexts(data, base.tokenizer, base.text_encoder, cache, processes)
 
@@ -103,7 +103,7 @@ def train(
 
     batch = recipe.batch * recipe.accumulation
     for step in range(ledger.step, recipe.steps):
-        indices = batch_of(recipe.seed, step, batch, len(data))
+        indices = data.batch(recipe.seed, step, batch)
         timesteps = recipe.schedule.train_steps
         for rows in together.parts():
             draws = Draws(recipe.seed, step, rows, latents.shape, timesteps=timesteps, dropout=recipe.dropout)
