@@ -5,6 +5,7 @@ EXIF says, transparency is laid on white, CMYK and palettes become RGB, 16 bits 
 Of the JPEGs in which telephones keep more than the photograph, it is the photograph.
 """
 
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -127,4 +128,5 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 def _unreadable(path: str, error: Exception) -> ValueError:
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
         return ValueError(f"{path}: cannot be read ({error.strerror})")
-    return ValueError(f"{path}: cannot be read as PNG, JPEG or WebP ({' '.join(str(error).split())[:120]})")
+    reason = re.sub(r" <\S+ object at \w+>", "", " ".join(str(error).split()))  # of what is read from memory
+    return ValueError(f"{path}: cannot be read as PNG, JPEG or WebP ({reason[:120]})")

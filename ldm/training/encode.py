@@ -134,7 +134,8 @@ class _Maker:
                     _note(tar, SETTINGS, json.dumps(asdict(self.encoding)).encode())
                     _note(tar, EMPTY, _bytes(empty.numpy()))
                     for portion, images in _ahead(self._read, portions):
-                        unreadable += [str(image) for image in images if isinstance(image, ValueError)]
+                        pairs = zip(portion, images, strict=True)
+                        unreadable += [self.data.name(i) for i, image in pairs if isinstance(image, ValueError)]
                         self._write(tar, portion, images)
                 opened.flush()
                 os.fsync(opened.fileno())

@@ -93,7 +93,7 @@ def name_of_index(path: Path, filters: FilterConfig) -> str:
 
 
 def read_index(path: Path, filters: FilterConfig) -> Index:
-    """Walk through a shard. Raises ValueError, one line, where it or, if filters look at it, a picture cannot be read."""
+    """Walk through a shard. Raises ValueError, one line, where it is broken, unless such are dropped."""
     drops, keys, spans = Drops(), [], []
     with open(path, "rb") as file:
         try:
@@ -162,8 +162,6 @@ def _reason(file: BinaryIO, name: str, sample: dict[int, Span], filters: FilterC
         if reason is None and filters.unreadable == "drop" and not encoded:
             pictures.read(picture(), name=name)
     except ValueError:
-        if filters.unreadable == "refuse":
-            raise
         return "unreadable picture"
     return reason
 
