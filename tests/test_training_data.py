@@ -558,7 +558,7 @@ def test_encoding_counts_what_was_dropped_on_the_way_and_before(tmp_path, tiny_n
     assert told["kept"] == 6 and told["dropped"]["unreadable picture"]["count"] == 1
     data = DataConfig(source=str(tmp_path / "out"), size=16).open(tmp_path / "cache", ALONE)
     assert data.captions(range(6)) == [*(f"number {n}" for n in range(5)), "z"]
-    assert run([*map(str, command), "--set", "filter.min_side=512"]) == 1
+    assert run([*map(str, command), "--set", "filter.min_side=16"]) == 1
     assert "holds shards with data" in capsys.readouterr().err
 
 

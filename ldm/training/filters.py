@@ -30,8 +30,8 @@ class FilterConfig:
     0 for any. watermark_below, unsafe_below: probabilities, 1 for any. A sample whose metadata lack what is asked for is
     dropped, and counted on its own. The fields are names under which the metadata may have it; the first that is there counts.
 
-    unreadable: "refuse" ends the run at a shard or picture that cannot be read; "drop" looks at every one ahead of time, by
-    decoding it, and counts those that cannot.
+    unreadable: "refuse" ends the run at a broken shard, and at a picture that cannot be decoded when it is needed; "drop"
+    decodes every picture ahead of time, and counts those, and broken shards, as dropped.
     """
 
     min_side: int = 0

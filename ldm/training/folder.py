@@ -99,8 +99,6 @@ class Folder:
             if reason is None and filters.unreadable == "drop":
                 pictures.read(path)
         except ValueError:
-            if filters.unreadable == "refuse":
-                raise
             return "unreadable picture"
         return reason
 
