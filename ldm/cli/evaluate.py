@@ -1,40 +1,72 @@
-"""`ldm evaluate`: how good a model is. So far by composition: whether pictures show what their prompts say."""
+"""`ldm evaluate`: how good a model is.
+
+By composition: whether pictures show what their prompts say, here. By FID against CLIP score over guidance scales: `pareto.py`.
+"""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options
+from ldm.cli import options, pareto
 
 
 def add(commands: Any) -> None:
     text = "how good a model is, in numbers"
     command = commands.add_parser("evaluate", help=text, allow_abbrev=False, description=text.capitalize() + ".")
-    command.add_argument(
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--composition",
         action="store_true",
-        required=True,
         help="number, colours, shapes and relation of two solids, right or not by an independent judge",
     )
-    command.add_argument("--count", type=int, default=500, metavar="N", help="prompts of each split (default 500)")
+    what.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="FID and CLIP score of pictures of these captions, a line each, or COCO's JSON, at several guidance scales",
+    )
+    command.add_argument(
+        "--count", type=int, metavar="N", help="prompts of each split (default 500); the first N captions (default: all)"
+    )
     command.add_argument("--split", action="append", choices=("seen", "held_out"), help="one only (default: both)")
     command.add_argument(
-        "--guidance-scale", "--scale", metavar="G", help="or several, as in 1,2,4 (default: the model's, or 7.5)"
+        "--guidance-scale",
+        "--scale",
+        metavar="G",
+        help="or several, as in 1,2,4 (default: the model's, or 7.5; with --captions 1.5 to 8)",
     )
     command.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     command.add_argument("--judge", metavar="FILE", help="the judge's weights (default: the bundled one)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    pareto.add(command)
     options.add_sampling(command)
     options.add_model(command, fast=True)
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    scales = _scales(args.guidance_scale) if args.guidance_scale is not None else []
-    if args.count < 1:
-        raise ValueError(f"count {args.count}; expected 1 or more")
+    if args.captions is not None:
+        _refuse(args, "--composition", ("split", "judge"))
+        pareto.run(args, scales(args.guidance_scale) if args.guidance_scale is not None else None)
+    else:
+        _refuse(args, "--captions", pareto.OWN)
+        _composition(args)
+
+
+def _refuse(args: argparse.Namespace, of: str, names: tuple[str, ...]) -> None:
+    """Options of the other kind are refused rather than passed over."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for {of}; leave it out")
+
+
+def _composition(args: argparse.Namespace) -> None:
+    asked = scales(args.guidance_scale) if args.guidance_scale is not None else []
+    count = 500 if args.count is None else args.count
+    if count < 1:
+        raise ValueError(f"count {count}; expected 1 or more")
     if args.json and not args.json.resolve().parent.is_dir():
         raise ValueError(f"{args.json}: there is no folder {args.json.resolve().parent}; create it first")
     chosen = {
@@ -48,24 +80,24 @@ def run(args: argparse.Namespace) -> None:
     from ldm.pipelines.settings import checked
     from ldm.scenes import judge
 
-    for scale in scales:
+    for scale in asked:
         checked({**chosen, "guidance_scale": scale, "seed": args.seed})
     components = options.load(args)
-    scales = scales or [components.guidance_scale]
+    asked = asked or [components.guidance_scale]
     referee = judge.load(args.judge or bundled_folder() / "judge.safetensors")
     splits = args.split or list(composition.SPLITS)
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(splits) * len(scales) * args.count, unit="picture", disable=args.quiet) as bar:
+    with tqdm(total=len(splits) * len(asked) * count, unit="picture", disable=args.quiet) as bar:
         for split in splits:
-            for name, score in composition.ceiling(components, referee, split, args.count).items():
+            for name, score in composition.ceiling(components, referee, split, count).items():
                 rows.append(_row(split, name, score))
-            for scale in scales:
+            for scale in asked:
                 done = bar.n
                 score = composition.evaluate(
                     components,
                     referee,
                     split,
-                    args.count,
+                    count,
                     seed=args.seed,
                     progress=lambda k, done=done: bar.update(done + k - bar.n),
                     guidance_scale=scale,
@@ -74,11 +106,12 @@ def run(args: argparse.Namespace) -> None:
                 rows.append(_row(split, f"guidance {scale:g}", score))
     print(_table(rows))
     if args.json:
-        found = {"model": components.name, "count": args.count, "seed": args.seed, **chosen, "rows": rows}
+        found = {"model": components.name, "count": count, "seed": args.seed, **chosen, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _scales(text: str) -> list[float]:
+def scales(text: str) -> list[float]:
+    """Guidance scales with commas between them."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
