@@ -59,23 +59,24 @@ def run(args: argparse.Namespace) -> None:
     from ldm.cli import options
     from ldm.evaluation import features, folder_features, near_duplicates
 
-    for folder in (args.images, args.training):
+    folders = {"pictures": args.images, "training": args.training}
+    for folder in folders.values():
         folder_features.pictures_in(folder)
     instrument = features.clip(args.clip, device=args.device or options.best_device(), resize=args.resize)
     found = {}
-    for name in ("images", "training"):
+    for name in ("pictures", "training"):
         with tqdm(desc=f"looking at {name}", unit="picture", disable=args.quiet) as bar:
-            found[name] = folder_features.look(getattr(args, name), instrument, cache=args.cache, progress=_shown_by(bar))
-    total = len(found["images"]) + min(args.baseline, len(found["training"]))
+            found[name] = folder_features.look(folders[name], instrument, cache=args.cache, progress=_shown_by(bar))
+    total = len(found["pictures"]) + min(args.baseline, len(found["training"]))
     with tqdm(desc="comparing", unit="picture", total=total, disable=args.quiet) as bar:
         told = near_duplicates.report(
-            found["images"],
-            found["training"],
+            **found,
             threshold=args.threshold,
             top=args.top,
             baseline=args.baseline,
             progress=lambda done: bar.update(done - bar.n),
         )
+
     print(_table(told, instrument))
     if args.json:
         from ldm.evaluation.whole_file import write_whole

@@ -6,7 +6,7 @@ average pools do not count the padding, the last block pools by maximum, and pix
 
 Layers are called what the files of these weights call them: pytorch-fid's pt_inception-2015-12-05-6726825d.pth and
 torch-fidelity's weights-inception-2015-12-05-6726825d.pth. Those files were not at hand: that this is the same network was
-proven on random weights, against torch-fidelity's (`tests/test_evaluation_features.py`), never on the published ones.
+proven on random weights, against torch-fidelity's (`tests/test_inception.py`), never on the published ones.
 """
 
 from collections.abc import Callable, Sequence

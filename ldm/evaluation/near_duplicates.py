@@ -12,7 +12,7 @@ is a multiple of 2^-52 and, no partial sum being larger than 1, every sum of the
 is off by less than 1e-7). Of equal similarities, the picture that comes first counts as nearer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,15 +149,6 @@ def report(
     """
     check(threshold, top, baseline)
     cosines, indices = nearest(pictures, training, top, progress=progress)
-    order = np.argsort(-cosines[:, 0], kind="stable")
-    pairs = [
-        tuple(
-            _pair(pictures.path(i), training.path(j), cosine, looks=rank < looked_at)
-            for j, cosine in zip(indices[i], cosines[i], strict=True)
-            if j >= 0
-        )
-        for rank, i in enumerate(order)
-    ]
     spread = np.unique(np.linspace(0, len(training) - 1, min(baseline, len(training))).round().astype(np.int64))
     usual = np.empty(0)
     if len(training) > 1 and len(spread):
@@ -165,7 +156,7 @@ def report(
         usual = nearest(training, training, among=spread, progress=lambda k: progress(done + k))[0][:, 0]
     best = cosines[:, 0][np.isfinite(cosines[:, 0])]
     return Report(
-        pairs=tuple(pairs),
+        pairs=tuple(_pairs(pictures, training, cosines, indices, looked_at)),
         threshold=threshold,
         found=int((best >= threshold).sum()),
         percentiles=_percentiles(best),
@@ -188,9 +179,18 @@ def _percentiles(values: np.ndarray) -> dict[int, float]:
     return {p: float(np.percentile(values, p)) for p in PERCENTILES} if len(values) else {}
 
 
-def _pair(image: Path, training: Path, cosine: float, *, looks: bool) -> Pair:
-    pixels = pixel_distance(images.read(image), images.read(training)) if looks else None
-    return Pair(image=image, training=training, similarity=float(cosine), pixels=pixels)
+def _pairs(
+    pictures: FolderFeatures, training: FolderFeatures, cosines: np.ndarray, indices: np.ndarray, looked_at: int
+) -> Iterator[tuple[Pair, ...]]:
+    """Each picture's pairs, the most similar picture first."""
+    for rank, i in enumerate(np.argsort(-cosines[:, 0], kind="stable")):
+        image, found = pictures.path(i), []
+        for j, cosine in zip(indices[i], cosines[i], strict=True):
+            if j >= 0:
+                near = training.path(j)
+                pixels = pixel_distance(images.read(image), images.read(near)) if rank < looked_at else None
+                found.append(Pair(image=image, training=near, similarity=float(cosine), pixels=pixels))
+        yield tuple(found)
 
 
 def pixel_distance(one: Image.Image, other: Image.Image) -> float:
