@@ -112,7 +112,7 @@ def test_resuming_with_another_recipe_is_refused(workshop, tmp_path, capsys):
     workshop.train("autoencoder", tmp_path / "run")
     command = workshop.command("autoencoder", tmp_path / "run", "batch=8")
     assert run([part for part in command[command.index("train") :] if part != "--debug"]) == 1
-    assert "holds a run with batch 4 and not 8" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run with batch x accumulation 4 and not 8" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

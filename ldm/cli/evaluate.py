@@ -1,6 +1,7 @@
 """`ldm evaluate`: how good a model is.
 
 By composition: whether pictures show what their prompts say, here. By FID against CLIP score over guidance scales: `pareto.py`.
+By all of these as guidance, steps and sampler vary: `survey.py`.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options, pareto
+from ldm.cli import options, pareto, survey
 
 
 def add(commands: Any) -> None:
@@ -26,8 +27,14 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="FID and CLIP score of pictures of these captions, a line each, or COCO's JSON, at several guidance scales",
     )
+    what.add_argument(
+        "--survey", action="store_true", help="both, of pictures of solids, as guidance, steps and sampler vary; with --out DIR"
+    )
     command.add_argument(
-        "--count", type=int, metavar="N", help="prompts of each split (default 500); the first N captions (default: all)"
+        "--count",
+        type=int,
+        metavar="N",
+        help="prompts of each split (default 500, with --survey 200); the first N captions (default: all)",
     )
     command.add_argument("--split", action="append", choices=("seen", "held_out"), help="one only (default: both)")
     command.add_argument(
@@ -50,6 +57,10 @@ def run(args: argparse.Namespace) -> None:
     if args.captions is not None:
         _refuse(args, "--composition", ("split", "judge"))
         pareto.run(args, scales(args.guidance_scale) if args.guidance_scale is not None else None)
+    elif args.survey:
+        _refuse(args, "--captions", tuple(name for name in pareto.OWN if name not in ("out", "clip")))
+        _refuse(args, "--composition and --captions", ("split", "guidance_scale", "steps", "sampler", "spacing", "convention"))
+        survey.run(args)
     else:
         _refuse(args, "--captions", pareto.OWN)
         _composition(args)

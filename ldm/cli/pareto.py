@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import options, sharing
+from ldm.cli.progress import StageBar
 
 if TYPE_CHECKING:
     from ldm.evaluation.pareto import Plan
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace, scales: list[float] | None) -> None:
     with sharing.shared(args, said) as (args, agreement):
         plan = agreement.each(lambda: _plan(args, scales))
         components, clip, instrument = agreement.each(lambda: _loaded(args))
-        with _Bar(args) as bar:
+        with StageBar(args) as bar:
             report = pareto.measure(components, plan, agreement, clip=clip, instrument=instrument, tell=bar.tell)
         if agreement.processes.leads:
             _show(report, plan, args)
@@ -100,31 +101,6 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         return components, clip, clip
     chosen = {"resize": resizes["inception"]} if resizes["inception"] else {}
     return components, clip, features.inception(args.inception, device=device, **chosen)
-
-
-class _Bar:
-    """One bar for each stage, in the process that speaks."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.bar, self.stage = args, None, None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def tell(self, stage: str, done: int, count: int) -> None:
-        from tqdm import tqdm
-
-        if self.args.stops:
-            raise KeyboardInterrupt
-        if stage != self.stage:
-            self.__exit__()
-            self.stage = stage
-            self.bar = tqdm(total=count, desc=stage, unit="portion", disable=self.args.quiet, leave=False)
-        self.bar.update(done - self.bar.n)
 
 
 def _show(report: dict[str, Any], plan: "Plan", args: argparse.Namespace) -> None:

@@ -83,3 +83,28 @@ class Progress:
 
         (picture,) = pictures(self.components, x0, self.args.tile)
         files.save_as(picture, None, self.args.preview)
+
+
+class StageBar:
+    """One bar for each stage, in the process that speaks."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.bar, self.stage = args, None, None
+
+    def __enter__(self) -> "StageBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def tell(self, stage: str, done: int, count: int) -> None:
+        from tqdm import tqdm
+
+        if self.args.stops:
+            raise KeyboardInterrupt
+        if stage != self.stage:
+            self.__exit__()
+            self.stage = stage
+            self.bar = tqdm(total=count, desc=stage, unit="portion", disable=self.args.quiet, leave=False)
+        self.bar.update(done - self.bar.n)

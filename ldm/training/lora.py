@@ -200,7 +200,7 @@ def save(path: Path, recipe: LoRARecipe, base: Components, layers: list[Layer], 
 def sheet(recipe: LoRARecipe, base: Components, file: Path, data: Data) -> list[Tensor]:
     """Rows of pictures (b, 3, h, w): of the data, and of its captions without the LoRA and with it, as it is in the file."""
     shown = list(range(min(ON_A_SHEET, len(data))))
-    rows = [to_unit(data.images(shown))]
+    rows = [] if data.encoding else [to_unit(data.images(shown))]
     for model in (base, lora.attach(base, [(lora.read(file, base), 1.0)])):
         ids = base.tokenizer(["", *data.captions(shown)]).ids.to(model.unet.conv_in.weight.device)
         empty, *contexts = model.text_encoder(ids)
