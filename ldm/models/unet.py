@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from ldm.models.unet_blocks import (
     RESIDUAL_NORM_EPS,
     KeysValues,
+    Recomputable,
     ResidualBlock,
     SpatialTransformer,
     TimeEmbedding,
@@ -166,9 +167,9 @@ class Block(nn.Module):
         self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], size: torch.Size | None = None
     ) -> Tensor:
         if self.residual is not None:
-            x = self.residual(x, next(times))
+            x = self.residual.run(x, next(times))
         if self.attention is not None:
-            x = self.attention(x, next(contexts))
+            x = self.attention.run(x, next(contexts))
         if self.downsample is not None:
             x = self.downsample(x)
         if self.upsample is not None:  # to the size of the next skip connection, which is odd for some latents
@@ -187,9 +188,9 @@ class Middle(nn.Module):
         self.residual_2 = ResidualBlock(width, width, config.time_width, groups)
 
     def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> Tensor:
-        x = self.residual_1(x, next(times))
-        x = self.attention(x, next(contexts))
-        return self.residual_2(x, next(times))
+        x = self.residual_1.run(x, next(times))
+        x = self.attention.run(x, next(contexts))
+        return self.residual_2.run(x, next(times))
 
 
 class UNet(nn.Module):
@@ -213,6 +214,12 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         return self.denoise(x, self.embed_time(t), self.project_context(context))
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Whether training computes the inside of every block twice rather than keep it; see `Recomputable`."""
+        for module in self.modules():
+            if isinstance(module, Recomputable):
+                module.recompute = on
 
     def embed_time(self, t: Tensor | float) -> list[Tensor]:
         """Every residual block's time projection, (b, c, 1, 1) each, in the order `denoise` uses them.

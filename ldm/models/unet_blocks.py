@@ -4,16 +4,49 @@ Ho et al. 2020 (arXiv:2006.11239, appendix B) for the residual block, Rombach et
 the transformer. Letters: b batch, c channels, h w pixels, n tokens (pixels, or words of the text).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.attention import Attention
 
 RESIDUAL_NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
 KeysValues = tuple[Tensor, Tensor]
+
+
+class Recomputable(nn.Module):
+    """A block that may forget what it computed, but for its input and output, and compute it again in the backward pass.
+
+    Chen et al. 2016, arXiv:1604.06174, section 4: memory for a second forward pass. `recompute` is no part of a model: training
+    sets it, and no config or file knows it. The gradients are the same numbers.
+    """
+
+    recompute = False
+
+    def run(self, *inputs: Tensor | KeysValues) -> Tensor:
+        """What calling the block with these inputs gives."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self(*inputs)
+        again = {} if torch.compiler.is_compiling() else {"context_fn": _same_attention}  # a compiled graph holds its kernels
+        return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False, **again)
+
+
+def _same_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the two forward passes: the second is to attend with the kernel of the first, whatever is allowed by then."""
+    allowed = torch.backends.cuda
+    kernels = {
+        SDPBackend.MATH: allowed.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: allowed.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: allowed.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: allowed.cudnn_sdp_enabled(),
+    }
+    return nullcontext(), sdpa_kernel([kernel for kernel, is_allowed in kernels.items() if is_allowed])
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -55,7 +88,7 @@ class Shortcut(nn.Linear):
         return rearrange(pixels.to(x.dtype), "b c (h w) -> b c h w", h=x.shape[2])
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputable):
     """x (b, in, h, w), time projection (b, out, 1, 1) -> (b, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int, groups: int):
@@ -109,7 +142,7 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Recomputable):
     """A transformer block over the pixels of a feature map: (b, c, h, w) -> (b, c, h, w)."""
 
     def __init__(self, channels: int, heads: int, context_width: int, groups: int):

@@ -22,6 +22,7 @@ from ldm.processes import Processes
 from ldm.scenes.judge import load as load_judge
 from ldm.training import autoencoder, clip, judge, model_folder, unet
 from ldm.training.data import Scenes, to_unit
+from ldm.training.emissions import PowerRecipe, emissions
 from ldm.training.ledger import METRICS, write
 from ldm.training.recipe import make, read
 from weights_convert.architecture import Sampling
@@ -42,14 +43,6 @@ class GateRecipe:
 
 class GateError(ValueError):
     """The autoencoder is not good enough to train a UNet on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerRecipe:
-    """What the machine is taken to draw, and what that is taken to emit: the arithmetic of Stable Diffusion's model card."""
-
-    kilowatts: float = 0.25
-    kg_per_kwh: float = 0.30
 
 
 def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: bool = False) -> Path:
@@ -139,7 +132,7 @@ def log(stages: Mapping[str, Path], figures: Mapping[str, float], power: PowerRe
         found["stages"][name] = {"recipe": recipe, "seconds": lines[-1]["seconds"], "curve": _thinned(lines)}
     found["seconds"] = sum(stage["seconds"] for stage in found["stages"].values())
     hours = found["seconds"] / 3600
-    kg = hours * power.kilowatts * power.kg_per_kwh
+    kg = emissions(hours, power).kg
     found["emissions"] = {"hours": round(hours, 2), **dataclasses.asdict(power), "kg": float(f"{kg:.3g}")}
     return found
 
