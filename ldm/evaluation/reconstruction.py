@@ -41,8 +41,8 @@ def reconstruction(autoencoder: Autoencoder, pixels: Tensor) -> Reconstruction:
     given = pixels.to(autoencoder.quant_conv.weight) / 127.5 - 1
     latents = autoencoding.encode(autoencoder, given, None).mode() * autoencoder.config.scaling_factor
     remade = autoencoding.decode(autoencoder, latents, None).float().cpu()
-    seen = ((remade / 2 + 0.5).clamp(0, 1) * 255).round().double()
-    errors = (seen - pixels.cpu().double()).square().mean(dim=(1, 2, 3))
+    seen, there = ((remade / 2 + 0.5).clamp(0, 1) * 255).round(), pixels.cpu().float()
+    errors = (seen - there).square().mean(dim=(1, 2, 3))
     psnr = 10 * torch.log10(255**2 / errors.clamp(min=1e-12))
-    ssim = structural_similarity_index_measure(seen, pixels.cpu().double(), data_range=255.0, reduction="none")
+    ssim = structural_similarity_index_measure(seen, there, data_range=255.0, reduction="none")
     return Reconstruction(psnr=psnr.mean().item(), ssim=ssim.mean().item(), count=len(pixels))

@@ -42,7 +42,8 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # the model card's of St
 STEPS = (2, 3, 5, 10, 25, 50)
 FEW_STEPS = 10  # at which samplers differ
 REFERENCE_FROM = 1 << 20  # numbers of the scenes that pictures are held against; prompts are of those from 0
-RENDERS = 2000  # of them, half of either split
+RENDERS, REMADE = 2000, 500  # of them, half of either split; and how many of these the autoencoder remakes
+PART = 50  # pictures that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +131,11 @@ def _reference(components: Components, judge: Judge, clip: ClipInstrument, count
     """The statistics of renders; beside them, in the report, what the autoencoder makes of renders."""
     features, remade = [], []
     for split in SPLITS:
-        for scenes in _scenes(split, RENDERS // len(SPLITS)):
+        for number, scenes in enumerate(_scenes(split, RENDERS // len(SPLITS))):
             pixels = render(scenes, _side(components))
             features.append(clip.pictures(images.to_images(pixels.float() / 127.5 - 1)))
-            remade.append(reconstruction(components.autoencoder, pixels))
+            if number < REMADE // len(SPLITS) // PART:
+                remade.append(reconstruction(components.autoencoder, pixels))
     report["autoencoder"] = dataclasses.asdict(Reconstruction.mean(remade))
     for split in SPLITS:
         for name, score in composition.ceiling(components, judge, split, count).items():
@@ -143,8 +145,8 @@ def _reference(components: Components, judge: Judge, clip: ClipInstrument, count
 
 def _scenes(split: str, count: int) -> Iterator[list[Any]]:
     numbers = range(REFERENCE_FROM, REFERENCE_FROM + count)
-    for start in range(0, count, 50):
-        part = numbers[start : start + 50]
+    for start in range(0, count, PART):
+        part = numbers[start : start + PART]
         yield [draw(composition.SEED, i, split=SPLITS[split], layouts=composition.PAIRS) for i in part]
 
 
@@ -169,8 +171,8 @@ def _add(
     found: dict[str, Any] = {"name": point.name, **dataclasses.asdict(point)}
     for split, made in zip(SPLITS, paths, strict=True):
         said = []
-        for start in range(0, len(made), 50):
-            pictures = [images.read(path) for path in made[start : start + 50]]
+        for start in range(0, len(made), PART):
+            pictures = [images.read(path) for path in made[start : start + PART]]
             said += verdicts(judge, torch.cat([images.to_tensor(picture, picture.size) for picture in pictures]))
         statements = [case.statement for case in composition.cases(split, len(made))]
         found[split] = _told(composition.score(statements, said))
