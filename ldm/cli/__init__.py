@@ -11,9 +11,41 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from ldm.cli import diff, duplicates, encode, evaluate, inspect, make, precision, replay, schedule, serve, trace, train, verify
+from ldm.cli import (
+    diff,
+    duplicates,
+    emissions,
+    encode,
+    evaluate,
+    inspect,
+    make,
+    plan,
+    precision,
+    replay,
+    schedule,
+    serve,
+    trace,
+    train,
+    verify,
+)
 
-COMMANDS = (make, serve, replay, inspect, schedule, train, encode, evaluate, duplicates, trace, diff, precision, verify)
+COMMANDS = (
+    make,
+    serve,
+    replay,
+    inspect,
+    schedule,
+    train,
+    encode,
+    plan,
+    emissions,
+    evaluate,
+    duplicates,
+    trace,
+    diff,
+    precision,
+    verify,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
