@@ -41,6 +41,9 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--autoencoder", metavar="MODEL", help="for unet: the model that gives the autoencoder")
     command.add_argument("--text-encoder", metavar="MODEL", help="for unet: the model that gives tokenizer and text encoder")
+    command.add_argument(
+        "--shrink", type=float, metavar="F", help="for unet: the same course, F times fewer steps of F times fewer pictures"
+    )
     command.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress")
     command.set_defaults(run=run)
@@ -72,13 +75,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("a UNet needs --model MODEL to go on from, or --autoencoder MODEL and --text-encoder MODEL")
     if args.data and args.stage in ("judge", "bundled"):
         raise ValueError(f"--data is not for {args.stage}, which is made of drawn scenes")
+    if args.shrink is not None and args.stage != "unet":
+        raise ValueError(f"--shrink is for unet, not for {args.stage}")
     if args.set and args.stage == "bundled":
         raise ValueError("--set is for one stage; for bundled, write a recipe and name it with --recipe")
 
 
 def _one(args: argparse.Namespace, processes: Any) -> Path:
     """Train one stage; the file or folder that it made."""
-    from ldm.training import autoencoder, clip, judge, lora, recipe, unet
+    from ldm.training import autoencoder, card, clip, judge, lora, recipe, unet
 
     kinds = {
         "autoencoder": autoencoder.AutoencoderRecipe,
@@ -92,6 +97,8 @@ def _one(args: argparse.Namespace, processes: Any) -> Path:
     table = recipe.with_settings(table, settings)
     base = {"unet": _parts, "lora": _whole}.get(args.stage, lambda *_: None)(args, processes, table)
     made = recipe.make(kinds[args.stage], table, str(args.recipe or args.stage))
+    if args.shrink is not None:
+        made = card.shrunk(made, args.shrink)
     if base:
         {"unet": unet, "lora": lora}[args.stage].train(made, base, args.out, processes, quiet=args.quiet)
     else:

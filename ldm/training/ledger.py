@@ -28,7 +28,7 @@ from ldm.processes import Processes
 from ldm.training import sharded
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
-MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile", "batch", "accumulation")  # their product may not
+MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile", "checkpointing", "batch", "accumulation")
 
 
 class Ledger:
@@ -55,6 +55,7 @@ class Ledger:
         state = whole or sharded.latest(self.folder)
         if state:
             before, now = _flat(state["settings"]), _flat(self.settings)
+            # Of batch and accumulation the product may not change.
             changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k) and k not in MAY_CHANGE]
             if changed:
                 was = ", ".join(f"{k} {before.get(k)} and not {now.get(k)}" for k in changed[:3])

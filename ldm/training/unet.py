@@ -39,7 +39,7 @@ SHEET_SCALE = 4.0
 class UNetRecipe:
     """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
     `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `min_snr` 0 weighs all timesteps alike. `dropout`: the share of
-    empty captions.
+    empty captions. `checkpointing`: compute blocks twice rather than keep what is inside them for the backward pass.
     """
 
     model: UNetConfig = field(default_factory=UNetConfig)
@@ -55,6 +55,7 @@ class UNetRecipe:
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
+    checkpointing: bool = False
     log_every: int = 50
     save_every: int = 1000
     sheet_every: int = 1000
@@ -94,6 +95,7 @@ def train(
         initialise(model)
     else:
         model.load_state_dict(base.unet.state_dict())
+    model.checkpoint_gradients(recipe.checkpointing)
     loss = DenoisingLoss(model, recipe.schedule, recipe.min_snr)
     together = Together(loss, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
