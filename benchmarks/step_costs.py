@@ -232,29 +232,34 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measured(size: int, *, dtype: str, checkpointing: bool, rounds: int, unet: UNet) -> dict[str, Any]:
-    """Seconds of a forward and a backward pass over one picture on this CPU, and what that makes a second."""
+    """Of a forward and a backward pass over one picture on this CPU: seconds on the clock, those that its processors spent on
+    it (which other work does not lengthen much), and the rate for either."""
     processes = Processes(rank=0, count=1, device=torch.device("cpu"))
     loss_of = DenoisingLoss(unet, ScheduleConfig(), 0.0)
     unet.checkpoint_gradients(checkpointing)
     x0, noise = torch.randn(2, 1, 4, size // 8, size // 8)
-    t, context, seconds = torch.tensor([500]), torch.randn(1, TOKENS, 768), []
+    t, context, seconds, busy = torch.tensor([500]), torch.randn(1, TOKENS, 768), [], []
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         with processes.precision(dtype), processes.attention():
             loss = loss_of(x0, t, noise, context)
         loss.backward()
         seconds.append(time.perf_counter() - start)
-    work, middle = sum(flops(size, checkpointing=checkpointing).values()), statistics.median(seconds[1:])
-    print(f"{size} px {dtype}{', recomputing' * checkpointing}: {middle:.2f} s, {work / middle / 1e12:.3f} TFLOP/s", flush=True)
+        busy.append(time.process_time() - begun)
+    work = sum(flops(size, checkpointing=checkpointing).values())
+    middle, spent = statistics.median(seconds[1:]), statistics.median(busy[1:])
+    rates = {"TFLOP/s": work / middle / 1e12, "TFLOP a processor's second": work / spent / 1e12}
+    told = f"{middle:.1f} s, {spent:.1f} of processors, {', '.join(f'{rate:.4f} {name}' for name, rate in rates.items())}"
+    print(f"{size} px {dtype}{', recomputing' * checkpointing}: {told}", flush=True)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    about = {"size": size, "dtype": dtype, "checkpointing": checkpointing, "seconds": seconds[1:], "flops": work}
-    return {**about, "TFLOP/s": work / middle / 1e12, "resident GB at most": resident}
+    about = {"size": size, "dtype": dtype, "checkpointing": checkpointing, "flops": work, **rates}
+    return {**about, "seconds": seconds[1:], "processor seconds": busy[1:], "resident GB at most": resident}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count-only", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with torch.device("meta"):
