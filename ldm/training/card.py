@@ -106,8 +106,8 @@ def shrunk(recipe: UNetRecipe, factor: float) -> UNetRecipe:
     - The moving average's horizon, 1 / (1 - ema) steps, so that the average forgets the same share of the run.
     - The pictures of a step, first in fewer micro-batches, then in smaller ones.
 
-    So factor^2 times fewer pictures are seen. What is no count stays: the learning rate, with AdamW about right for a batch of
-    tens as of thousands, and the rest of the optimiser; `cool_down` and `dropout`, which are shares; data, model and seed.
+    So factor^2 times fewer pictures are seen. What is no count stays: the learning rate, though a smaller batch may want a
+    smaller one, and the rest of the optimiser; `cool_down` and `dropout`, which are shares; data, model and seed.
     Whole numbers are rounded, and are never 0 but where they were. Raises ValueError for a factor below 1.
     """
     if not 1 <= factor < math.inf:
