@@ -36,7 +36,7 @@ def inception_file(inception_weights, tmp_path_factory):
 
 
 @pytest.mark.reference
-@pytest.mark.skipif(not HAS_TORCH_FIDELITY, reason="needs torch-fidelity: pip install --no-deps torch-fidelity")
+@pytest.mark.skipif(not HAS_TORCH_FIDELITY, reason="needs torch-fidelity on the path, as in .ci/run")
 def test_inception_is_that_of_torch_fidelity(inception_file):
     given = pictures([(64, 64), (50, 70), (310, 299)])
     torch_fidelity = torch_fidelity_module()
