@@ -2,15 +2,17 @@
 of them is killed, another number of them goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from ldm.processes import Processes
 from ldm.training.parallel import TreeSum, shares
+from tests import ranks
 from tests.training_runs import RESULT, largest_difference, one_killed, opened, steps_of
 
-LEAVES = ("batch=1", "accumulation=4")
+LEAVES = ("batch=1", "accumulation=4", "steps=6", "sheet_every=6")
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +91,19 @@ def test_the_order_of_the_sum_matters():
 # -- Whole runs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("stage", "count"),
-    [("autoencoder", 2), ("unet", 2), pytest.param("unet", 4, marks=pytest.mark.slow)],
-)
-def test_any_number_of_processes_trains_the_same_bytes(workshop, alone, tmp_path, stage, count):
-    several = workshop.train(stage, tmp_path / "several", *LEAVES, processes=count)
-    assert several.read_bytes() == alone[stage].read_bytes()
-    assert logged(tmp_path / "several") == logged(workshop.folder / "alone" / stage)
+def test_any_number_of_processes_trains_the_same_bytes(workshop, alone, tmp_path):
+    runs = {(stage, count): tmp_path / f"{stage}-{count}" for stage, count in (("autoencoder", 2), ("unet", 2), ("unet", 4))}
+    several(workshop, [(count, stage, out, LEAVES) for (stage, count), out in runs.items()])
+    for (stage, _), out in runs.items():
+        assert (out / RESULT[stage]).read_bytes() == alone[stage].read_bytes()
+        assert logged(out) == logged(workshop.folder / "alone" / stage)
+
+
+def several(workshop, runs) -> None:
+    """Train what is asked for, (count of processes, stage, folder, settings) each, one after the other."""
+    lines = [(count, workshop.command(stage, out, *settings)) for count, stage, out, settings in runs]
+    done = ranks.run(*((count, line[line.index("train") :]) for count, line in lines))
+    assert not [one.err[-3000:] for one in done if one.status]
 
 
 def logged(folder) -> list[dict[str, float]]:
@@ -104,40 +111,38 @@ def logged(folder) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_that_lost_a_process_goes_on_with_another_number_of_them(workshop, alone, tmp_path, count):
+def test_torchs_own_ways_and_contrast_are_the_same_to_rounding(workshop, alone, tmp_path):
+    plain = ("optimiser.name=adamw",)  # Muon rounds to bfloat16 on its way
+    ways = [(2, "unet", tmp_path / way, (*LEAVES, f"parallel={way}")) for way in ("ddp", "fsdp")]
+    several(workshop, [*ways, (2, "clip", tmp_path / "clip", plain)])
+    for way in ("ddp", "fsdp"):
+        assert largest_difference(alone["unet"], tmp_path / way / RESULT["unet"]) < 1e-5
+    one, other = (workshop.train("clip", tmp_path / f"{seed}", f"seed={seed}", *plain) for seed in (0, 1))
+    apart = largest_difference(one, tmp_path / "clip" / RESULT["clip"])
+    assert apart < 1e-5 and apart < largest_difference(one, other) / 500
+
+
+def test_a_run_that_lost_a_process_goes_on_with_another_number_of_them(workshop, alone, tmp_path):
     command = workshop.command("unet", tmp_path / "run", *LEAVES, processes=2)
-    done = one_killed(command, tmp_path / "run" / "metrics.jsonl", after=4)
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
+    done = one_killed(command, tmp_path / "run" / "metrics.jsonl", after=2)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert not (tmp_path / "run" / RESULT["unet"]).exists()
-    assert workshop.train("unet", tmp_path / "run", *LEAVES, processes=count).read_bytes() == alone["unet"].read_bytes()
-    assert steps_of(tmp_path / "run" / "metrics.jsonl") == [2, 4, 6, 8, 10]
-
-
-@pytest.mark.parametrize("stage", ["clip"])
-def test_contrast_is_over_the_batch_of_all_processes(workshop, tmp_path, stage):
-    plain = "optimiser.name=adamw"  # Muon rounds to bfloat16 on its way
-    one, two = (workshop.train(stage, tmp_path / f"{count}", plain, processes=count) for count in (1, 2))
-    moved = largest_difference(one, workshop.train(stage, tmp_path / "other", "seed=1", plain))
-    apart = largest_difference(one, two)
-    assert apart < 1e-5 and apart < moved / 500, (apart, moved)
-
-
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_torchs_own_ways_train_the_same_model(workshop, alone, tmp_path, way):
-    made = workshop.train("unet", tmp_path / way, *LEAVES, f"parallel={way}", processes=2)
-    assert largest_difference(alone["unet"], made) < 1e-5
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    several(workshop, [(4, "unet", tmp_path / "again", LEAVES)])
+    workshop.train("unet", tmp_path / "run", *LEAVES)
+    for name in ("run", "again"):
+        assert (tmp_path / name / RESULT["unet"]).read_bytes() == alone["unet"].read_bytes()
+        assert steps_of(tmp_path / name / "metrics.jsonl") == [2, 4, 6]
 
 
 @pytest.mark.slow
 def test_a_sharded_run_that_lost_a_process_goes_on_with_another_number_of_them(workshop, alone, tmp_path):
     settings = (*LEAVES, "parallel=fsdp")
-    done = one_killed(workshop.command("unet", tmp_path / "run", *settings, processes=2), tmp_path / "run" / "metrics.jsonl", 4)
+    done = one_killed(workshop.command("unet", tmp_path / "run", *settings, processes=2), tmp_path / "run" / "metrics.jsonl", 2)
     assert done.returncode != 0 and len(list((tmp_path / "run").glob("checkpoint-*"))) >= 1
-    made = workshop.train("unet", tmp_path / "run", *settings, processes=4)
-    assert largest_difference(alone["unet"], made) < 1e-5
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000010"]
+    several(workshop, [(4, "unet", tmp_path / "run", settings)])
+    assert largest_difference(alone["unet"], tmp_path / "run" / RESULT["unet"]) < 1e-5
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000006"]
 
 
 def test_sharding_on_one_process_is_refused(workshop, tmp_path, capsys):

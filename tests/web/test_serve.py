@@ -40,9 +40,9 @@ def refused(*arguments: str) -> str:
 def test_it_says_where_it_is_answers_there_and_stops_when_told():
     with served(*PAGE) as (process, line):
         url = re.search(r"http://127\.0\.0\.1:\d+", line).group()
-        health = httpx.get(f"{url}/health").json()
+        health = httpx.get(f"{url}/health", timeout=60).json()
         assert health == {"status": "ok", "model": "bundled"} and line.startswith("bundled: ")
-        assert httpx.get(url).status_code == (404 if PAGE else 200)
+        assert httpx.get(url, timeout=60).status_code == (404 if PAGE else 200)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
         with pytest.raises(httpx.ConnectError):
@@ -54,8 +54,8 @@ def test_beyond_the_loopback_address_it_wants_the_token_that_it_prints():
         port = re.search(r":(\d+)/v1", line).group(1)
         url = f"http://127.0.0.1:{port}"
         token = process.stdout.readline().removeprefix("token: ").strip()
-        assert len(token) >= 24 and httpx.get(f"{url}/v1/form").status_code == 401
-        assert httpx.get(f"{url}/v1/form", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert len(token) >= 24 and httpx.get(f"{url}/v1/form", timeout=60).status_code == 401
+        assert httpx.get(f"{url}/v1/form", headers={"Authorization": f"Bearer {token}"}, timeout=60).status_code == 200
 
 
 def test_what_it_cannot_do_is_one_line():
