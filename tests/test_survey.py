@@ -65,6 +65,7 @@ def test_the_figures_are_those_of_the_pictures_and_a_stopped_survey_goes_on(surv
         seen = clip.pictures(images.to_images(renders.float() / 127.5 - 1))
         distance = frechet.distance(*(frechet.statistics(part, clip) for part in (clip.pictures(pictures), seen)))
         assert point["fid"] == pytest.approx(distance.value, rel=1e-6)
+    assert report["ceiling"]["renders"]["fid"] < min(point["fid"] for point in report["points"])
     assert report["warnings"]  # six pictures for 256 features
     gone = next(iter(made))
     gone.unlink()
@@ -115,6 +116,7 @@ def test_a_report_is_drawn(tmp_path):
     rows = survey.axes(3.0)
     points = {point.name: {"name": point.name, **vars(point), **figures} for row in rows.values() for point in row}
     report = {"model": "bundled", "count": {"prompts of each split": 3, "renders": 9}, "points": list(points.values())}
+    report["ceiling"] = {"renders": figures}
     survey_plot.plot({**report, "axes": {name: [p.name for p in row] for name, row in rows.items()}}, tmp_path / "survey.png")
     picture = np.asarray(images.read(tmp_path / "survey.png").convert("L"))
     assert picture.shape[1] > 1000 and (picture < 128).mean() > 0.005

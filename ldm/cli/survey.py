@@ -50,11 +50,15 @@ def _check(args: argparse.Namespace, count: int) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """A line for each point; accuracies are of all parts together."""
-    coded = report["autoencoder"]
+    coded, renders = report["autoencoder"], report["ceiling"]["renders"]
     lines = [
         f"autoencoder: PSNR {coded['psnr']:.1f} dB, SSIM {coded['ssim']:.4f}, on {coded['count']:,} renders",
         f"{'sampler':<16}{'steps':>6}{'guidance':>10}{'seen':>9}{'held out':>10}{'distance':>10}{'CLIP score':>12}{'+-':>8}",
     ]
+    lines.append(
+        f"{'renders':<32}{renders['seen']['all']:>9.1%}{renders['held_out']['all']:>10.1%}{renders['fid']:>10.4f}"
+        f"{renders['clip_score']:>12.4f}"
+    )
     for point in report["points"]:
         lines.append(
             f"{point['sampler']:<16}{point['steps']:>6}{point['guidance_scale']:>10g}{point['seen']['all']:>9.1%}"

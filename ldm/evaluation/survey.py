@@ -100,7 +100,8 @@ def survey(
         "points": [],
         "axes": {name: [point.name for point in row] for name, row in points.items()},
     }
-    reference = agreement.first(lambda: _reference(components, judge, clip, count, report))
+    reference = agreement.first(lambda: _reference(components, clip, report))
+    agreement.first(lambda: _bounds(components, judge, clip, count, texts, reference, report))
     for point in dict.fromkeys(point for row in points.values() for point in row):
         paths, features = [], []
         for split in SPLITS:
@@ -127,7 +128,7 @@ def _pictures(
     return bulk.make(components, order, out / point.name / split, agreement, before=before)
 
 
-def _reference(components: Components, judge: Judge, clip: ClipInstrument, count: int, report: dict[str, Any]) -> Statistics:
+def _reference(components: Components, clip: ClipInstrument, report: dict[str, Any]) -> Statistics:
     """The statistics of renders; beside them, in the report, what the autoencoder makes of renders."""
     features, remade = [], []
     for split in SPLITS:
@@ -137,10 +138,28 @@ def _reference(components: Components, judge: Judge, clip: ClipInstrument, count
             if number < REMADE // len(SPLITS) // PART:
                 remade.append(reconstruction(components.autoencoder, pixels))
     report["autoencoder"] = dataclasses.asdict(Reconstruction.mean(remade))
+    return frechet.statistics(torch.cat(features), clip)
+
+
+def _bounds(
+    components: Components,
+    judge: Judge,
+    clip: ClipInstrument,
+    count: int,
+    texts: torch.Tensor,
+    reference: Statistics,
+    report: dict[str, Any],
+) -> None:
+    """What perfect pictures would come to: the figures of renders of the prompts' own scenes, and the judge's of these renders
+    encoded and decoded too."""
+    cases = [case for split in SPLITS for case in composition.cases(split, count)]
+    pixels = torch.cat([render([case.scene], _side(components)) for case in cases])
+    seen = clip.pictures(images.to_images(pixels.float() / 127.5 - 1))
     for split in SPLITS:
         for name, score in composition.ceiling(components, judge, split, count).items():
             report["ceiling"].setdefault(name, {})[split] = _told(score)
-    return frechet.statistics(torch.cat(features), clip)
+    distance = frechet.distance(frechet.statistics(seen, clip), reference)
+    report["ceiling"]["renders"] |= {"fid": distance.value, "clip_score": clip_score(seen, texts).mean}
 
 
 def _scenes(split: str, count: int) -> Iterator[list[Any]]:

@@ -16,7 +16,7 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     points = {point["name"]: point for point in report["points"]}
     rows = {axis: [points[name] for name in names] for axis, names in report["axes"].items()}
     if "guidance" in rows:
-        _trade(trade, rows["guidance"])
+        _trade(trade, rows["guidance"], report["ceiling"]["renders"])
         _lines(guidance, rows["guidance"], "guidance_scale", "guidance scale")
     if "steps" in rows:
         _lines(steps, rows["steps"], "steps", "steps of PNDM")
@@ -35,12 +35,14 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _trade(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Downwards and to the right is better."""
+def _trade(axes: Any, points: Sequence[Mapping[str, Any]], renders: Mapping[str, Any]) -> None:
+    """Downwards and to the right is better; the star is what renders of the prompts' own scenes come to."""
     scores, distances = [point["clip_score"] for point in points], [point["fid"] for point in points]
     axes.plot(scores, distances, color=SEEN, marker="o", markersize=4, linewidth=0.8)
     for point, at in zip(points, zip(scores, distances, strict=True), strict=True):
         axes.annotate(f"{point['guidance_scale']:g}", at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.plot(renders["clip_score"], renders["fid"], color=HELD_OUT, marker="*", markersize=9)
+    axes.annotate("renders", (renders["clip_score"], renders["fid"]), xytext=(8, -3), textcoords="offset points", fontsize=8)
     _named(axes, "distance against CLIP score, at guidance scales", "CLIP score, mean cosine", "Frechet distance")
 
 
