@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.processes import Processes
-from ldm.training.parallel import TreeSum, shares
+from ldm.training.parallel import Together, TreeSum, shares
 from tests import ranks
 from tests.training_runs import RESULT, largest_difference, one_killed, opened, steps_of
 
@@ -112,7 +112,7 @@ def logged(folder) -> list[dict[str, float]]:
 
 
 def test_torchs_own_ways_and_contrast_are_the_same_to_rounding(workshop, alone, tmp_path):
-    plain = ("optimiser.name=adamw",)  # Muon rounds to bfloat16 on its way
+    plain = ("optimiser.name=adamw", "steps=4", "test_every=4")  # Muon rounds to bfloat16 on its way
     ways = [(2, "unet", tmp_path / way, (*LEAVES, f"parallel={way}")) for way in ("ddp", "fsdp")]
     several(workshop, [*ways, (2, "clip", tmp_path / "clip", plain)])
     for way in ("ddp", "fsdp"):
@@ -145,10 +145,6 @@ def test_a_sharded_run_that_lost_a_process_goes_on_with_another_number_of_them(w
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000006"]
 
 
-def test_sharding_on_one_process_is_refused(workshop, tmp_path, capsys):
-    from ldm.cli import run
-
-    command = workshop.command("unet", tmp_path / "run", "parallel=fsdp")
-    command.remove("--debug")
-    assert run(command[command.index("train") :]) == 1
-    assert "parallel fsdp with one process" in capsys.readouterr().err
+def test_sharding_on_one_process_is_refused():
+    with pytest.raises(ValueError, match="parallel fsdp with one process"):
+        Together(torch.nn.Linear(2, 2), "fsdp", process(0, 1), [slice(0, 1)])
