@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # that files of these have
 MOST_PIXELS = 1 << 26  # 8192 x 8192: more is a mistake, or an attack by a small file that unpacks to much
 
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import options
+
 if TYPE_CHECKING:
     from ldm.evaluation.near_duplicates import Pair, Report
 
@@ -50,13 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from ldm.evaluation.near_duplicates import check
 
     check(args.threshold, args.top, args.baseline)
-    for file in (args.json, args.sheet):
-        if file and not file.resolve().parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.resolve().parent}; create it first")
+    options.check_folder(args.json, args.sheet)
 
     from tqdm import tqdm
 
-    from ldm.cli import options
     from ldm.evaluation import features, folder_features, near_duplicates
 
     folders = {"pictures": args.images, "training": args.training}

@@ -78,8 +78,7 @@ def _composition(args: argparse.Namespace) -> None:
     count = 500 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"count {count}; expected 1 or more")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {args.json.resolve().parent}; create it first")
+    options.check_folder(args.json)
     chosen = {
         name: value for name in ("steps", "sampler", "spacing", "convention") if (value := getattr(args, name)) is not None
     }

@@ -215,6 +215,13 @@ def prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def check_folder(*files: Path | None) -> None:
+    """Raises ValueError where a file that is to be written, if any is, would stand in no folder."""
+    for file in files:
+        if file and not file.resolve().parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.resolve().parent}; create it first")
+
+
 def sides(args: argparse.Namespace) -> dict[str, int]:
     """The sides that were given."""
     return {name: getattr(args, name) for name in ("width", "height") if getattr(args, name) is not None}

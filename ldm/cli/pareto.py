@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 OWN = ("reference", "out", "cache", "clip", "inception", "resize", "batch_size")  # options that composition has no use for
 
+NO_PLOT = "no plot without matplotlib; install it with: pip install 'ldm[plot]', and give the same command again"
+
 
 def add(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("with --captions")
@@ -56,8 +58,7 @@ def _plan(args: argparse.Namespace, scales: list[float] | None) -> "Plan":
             raise ValueError(f"--captions needs --{name} DIR too")
     if args.count is not None and args.count < 1:
         raise ValueError(f"count {args.count}; expected 1 or more")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {args.json.resolve().parent}; create it first")
+    options.check_folder(args.json)
     if args.cache and not args.cache.is_dir():
         raise ValueError(f"{args.cache}: is no folder; create it first, or leave out --cache")
     names = ("steps", "sampler", "spacing", "convention", "batch_size")
@@ -79,9 +80,7 @@ def _plan(args: argparse.Namespace, scales: list[float] | None) -> "Plan":
 
 def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model, the CLIP, and what the FID is seen through."""
-    from ldm.checkpoint import BUNDLED
     from ldm.evaluation import features, inception
-    from weights_convert import CheckpointError
 
     resizes = dict.fromkeys(("clip", "inception"))
     for name in args.resize or ():
@@ -92,15 +91,24 @@ def _loaded(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         resizes[kind] = name
     components = options.load(argparse.Namespace(**{**vars(args), "safety": "off"}))
     device = components.unet.conv_in.weight.device
+    measures = clip(args, device, resizes["clip"])
+    if args.inception is None:
+        return components, measures, measures
+    chosen = {"resize": resizes["inception"]} if resizes["inception"] else {}
+    return components, measures, features.inception(args.inception, device=device, **chosen)
+
+
+def clip(args: argparse.Namespace, device: Any, resize: str | None = None) -> Any:
+    """The CLIP to measure with: the one named, or the model's own."""
+    from ldm.checkpoint import BUNDLED
+    from ldm.evaluation import features
+    from weights_convert import CheckpointError
+
     own = args.model or os.environ.get(options.MODEL_VARIABLE) or BUNDLED
     try:
-        clip = features.clip(args.clip or own, device=device, resize=resizes["clip"])
+        return features.clip(args.clip or own, device=device, resize=resize)
     except CheckpointError as error:
         raise ValueError(f"{error}{'' if args.clip else '; name a CLIP to measure with: --clip SOURCE'}") from None
-    if args.inception is None:
-        return components, clip, clip
-    chosen = {"resize": resizes["inception"]} if resizes["inception"] else {}
-    return components, clip, features.inception(args.inception, device=device, **chosen)
 
 
 def _show(report: dict[str, Any], plan: "Plan", args: argparse.Namespace) -> None:
@@ -113,7 +121,7 @@ def _show(report: dict[str, Any], plan: "Plan", args: argparse.Namespace) -> Non
         plot.plot(report, plan.out / "pareto.png")
         print(plan.out / "pareto.png")
     else:
-        options.warn("no plot without matplotlib; install it with: pip install 'ldm[plot]', and give the same command again")
+        options.warn(NO_PLOT)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

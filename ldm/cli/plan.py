@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.cli import options
 from ldm.cli.emissions import add_power
 
 
@@ -37,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.training.recipe import make, read
     from ldm.training.unet import UNetRecipe
 
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {args.json.resolve().parent}; create it first")
+    options.check_folder(args.json)
     recipe = make(UNetRecipe, read(card.RECIPE)["unet"], card.RECIPE.name)
     assumed, phases = _assumptions(args), card.history(args.checkpoint)
     if not args.history:

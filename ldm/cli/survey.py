@@ -2,28 +2,25 @@
 
 import argparse
 import json
-import os
-from pathlib import Path
 from typing import Any
 
-from ldm.cli import options, sharing
+from ldm.cli import options, pareto, sharing
 from ldm.cli.progress import StageBar
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.checkpoint import BUNDLED, bundled_folder
+    from ldm.checkpoint import bundled_folder
 
     count = 200 if args.count is None else args.count
     said = "interrupted; the same command goes on where it was"
     with sharing.shared(args, said) as (args, agreement):
         agreement.each(lambda: _check(args, count))
-        from ldm.evaluation import features, plot, survey, survey_plot
+        from ldm.evaluation import plot, survey, survey_plot
         from ldm.scenes import judge
 
         components = agreement.each(lambda: options.load(args))
         device = components.unet.conv_in.weight.device
-        own = args.model or os.environ.get(options.MODEL_VARIABLE) or BUNDLED
-        clip = agreement.each(lambda: features.clip(args.clip or own, device=device))
+        clip = agreement.each(lambda: pareto.clip(args, device))
         referee = agreement.each(lambda: judge.load(args.judge or bundled_folder() / "judge.safetensors"))
         with StageBar(args) as bar:
             how = {"count": count, "seed": args.seed, "tell": bar.tell}
@@ -35,17 +32,21 @@ def run(args: argparse.Namespace) -> None:
             if plot.available():
                 survey_plot.plot(report, args.out / "survey.png")
                 print(args.out / "survey.png")
+            else:
+                options.warn(pareto.NO_PLOT)
             if args.json:
                 args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(args: argparse.Namespace, count: int) -> None:
+    from ldm.pipelines.settings import checked
+
     if args.out is None:
         raise ValueError("--survey needs --out DIR too, for the pictures")
     if count < 2:
         raise ValueError(f"count {count}; expected 2 or more")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {Path(args.json).resolve().parent}; create it first")
+    checked({"seed": args.seed})
+    options.check_folder(args.json)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -25,7 +25,6 @@ from ldm.evaluation.whole_file import write_whole
 from ldm.pipelines.agreement import Agreement
 
 PORTION = 32
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 Tell = Callable[[str, int, int], None]  # of a stage: its name, portions done and portions to do
 
@@ -70,9 +69,10 @@ def pictures_below(folder: Path) -> list[Path]:
     """All pictures of a folder and the folders in it, by name. Raises ValueError where there are not two."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder; expected one with pictures to compare with")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES and path.is_file())
     if len(found) < frechet.FEWEST:
-        raise ValueError(f"{folder}: holds {len(found)} pictures ({', '.join(SUFFIXES)}); expected {frechet.FEWEST} or more")
+        kinds = ", ".join(images.SUFFIXES)
+        raise ValueError(f"{folder}: holds {len(found)} pictures ({kinds}); expected {frechet.FEWEST} or more")
     return found
 
 

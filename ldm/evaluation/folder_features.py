@@ -22,7 +22,6 @@ from ldm import images
 from ldm.evaluation.features import Instrument
 from ldm.evaluation.whole_file import write_whole
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ROWS = 512  # pictures of a block
 AT_ONCE = 64  # pictures that are open
 KEPT_BY_DEFAULT = "embeddings"  # below `$XDG_CACHE_HOME/ldm`
@@ -72,7 +71,7 @@ def pictures_in(folder: str | Path) -> list[Key]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(images.SUFFIXES) and not name.startswith("."):
                 path = Path(parent) / name
                 try:
                     facts = path.stat()
@@ -80,7 +79,7 @@ def pictures_in(folder: str | Path) -> list[Key]:
                     raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
                 found.append((path.relative_to(folder).as_posix(), facts.st_size, facts.st_mtime_ns))
     if not found:
-        raise ValueError(f"{folder}: holds no picture; expected files that end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{folder}: holds no picture; expected files that end in {', '.join(images.SUFFIXES)}")
     return sorted(found)
 
 

@@ -13,7 +13,7 @@ Pictures are made by all processes and resumed where they were stopped, as in `p
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,14 +78,13 @@ def survey(
     *,
     count: int = 200,
     seed: int = 0,
-    chosen: Sequence[str] = ("guidance", "steps", "sampler"),
     tell: Tell = lambda stage, done, count: None,
 ) -> dict[str, Any]:
-    """Measure every point of the chosen axes on `count` prompts of each split, write OUT/survey.json and return the same.
+    """Measure every point of all axes on `count` prompts of each split, write OUT/survey.json and return the same.
 
     In processes but the first the figures are left out. Raises ValueError, one line, for what cannot be measured.
     """
-    points = {name: row for name, row in axes(components.guidance_scale).items() if name in chosen}
+    points = axes(components.guidance_scale)
     agreement.first(lambda: out.mkdir(parents=True, exist_ok=True))
     prompts = [case.prompt for split in SPLITS for case in composition.cases(split, count)]
     texts = embeddings.of_prompts(clip, prompts, out, agreement, tell)

@@ -17,7 +17,6 @@ from ldm import images as pictures
 from ldm.training.filters import Drops, FilterConfig, verdict
 from ldm.training.order import batch_of
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 READERS = 8  # threads
 
 
@@ -104,7 +103,7 @@ class Folder:
 
     def _from_texts(self) -> list[tuple[Path, str | None]]:
         self._about: dict[Path, dict[str, Any]] = {}
-        found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
         texts = [(path, path.with_suffix(".txt")) for path in found]
         return [(path, text.read_text(encoding="utf-8").strip() if text.exists() else None) for path, text in texts]
 
