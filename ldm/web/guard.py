@@ -14,12 +14,14 @@ import base64
 import binascii
 import hmac
 import json
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 COOKIE = "ldm_token"
 SAFE = ("GET", "HEAD", "OPTIONS")
 OPEN = ("/health",)  # without a token
+LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20  # of what is still arriving when a refusal has been sent
 
 
 class Guard:
@@ -175,4 +177,21 @@ async def _refuse(scope, receive, send, status: int, detail: str) -> None:
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="ldm"'))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await _linger(receive)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _linger(receive) -> None:
+    """Let what the client is still sending arrive, and forget it.
+
+    Closing a connection with bytes unread resets it, and a reset can overtake the answer (RFC 9112, section 9.6).
+    """
+    left = LINGER_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):  # the whole request, or the client has left
+                    return

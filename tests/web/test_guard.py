@@ -87,6 +87,21 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
     assert refused.status_code == 413 and "more than" in refused.json()["detail"]
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending(server):
+    """A connection closed with bytes unread is reset, and the answer with it."""
+    body = b"x" * 400_000
+    head = f"POST /v1/images HTTP/1.1\r\nHost: evil.example\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as wire:
+        wire.settimeout(10)
+        wire.sendall(head.encode())
+        time.sleep(0.2)  # refused by now
+        for start in range(0, len(body), 50_000):
+            wire.sendall(body[start : start + 50_000])
+            time.sleep(0.02)
+        answer = b"".join(iter(lambda: wire.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 421 ") and b"not called 'evil.example'" in answer
+
+
 def test_slow_clients_are_let_go_and_hold_up_nobody(bundled, monkeypatch):
     monkeypatch.setattr(serving, "HEADER_SECONDS", 0.5)
     with running(bundled) as server:
