@@ -131,7 +131,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        torch._foreach_copy_(list(self.average.values()), [state[name] for name in self.average])
+        for name, value in self.average.items():  # one by one: of sharded tensors there is no copying of lists
+            value.copy_(state[name])
 
     def into(self, model: N) -> N:
         """A new model of the same kind, on the CPU, with the average as its weights. Sharded ones are gathered, for which all
