@@ -30,6 +30,7 @@ count = 64
 steps = 4
 batch = 8
 log_every = 2
+unseen = 16
 """
 GATE = """
 [gate]

@@ -20,6 +20,7 @@ batch = 4
 log_every = 2
 save_every = 2
 sheet_every = 5
+unseen = 16
 model = { level_widths = [8, 8, 16, 16], residual_blocks = 1, norm_groups = 4 }
 data = { count = 48, seed = 1 }
 optimiser = { name = "muon", learning_rate = 2e-3, warm_up = 3 }
@@ -30,6 +31,7 @@ batch = 8
 log_every = 2
 save_every = 2
 test_every = 5
+unseen = 16
 vocabulary = "scenes"
 text = { vocabulary_size = 645, width = 32, layers = 2, heads = 2, mlp_width = 64 }
 image = { image_size = 64, patch_size = 16, width = 32, layers = 2, heads = 2, mlp_width = 64, projection_width = 32 }

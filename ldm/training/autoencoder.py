@@ -31,7 +31,9 @@ NOISE = 2  # purpose of the posterior's random numbers
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe:
     """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
-    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`)."""
+    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `unseen`: how many pictures that are not trained on the figures are
+    of.
+    """
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -47,6 +49,7 @@ class AutoencoderRecipe:
     log_every: int = 50
     save_every: int = 1000
     sheet_every: int = 1000
+    unseen: int = 256
 
 
 def train(
@@ -56,7 +59,7 @@ def train(
     check(recipe)
     shared = shares(recipe.batch, recipe.accumulation, processes)
     data = recipe.data.open(cache or folder / "data", processes, quiet=quiet)
-    unseen = recipe.data.open_unseen(256)
+    unseen = recipe.data.open_unseen(recipe.unseen)
     shown = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
 
     torch.manual_seed(recipe.seed)

@@ -42,6 +42,7 @@ class CLIPRecipe:
     """A run's every setting. `vocabulary`: "clip" for CLIP's own, "scenes" for what captions of scenes need of it.
 
     `batch`: of all processes together, each of which embeds a part of it. `parallel`: "exact", "ddp" or "fsdp" (`parallel.py`).
+    `unseen`: how many pictures that are not trained on the tests are of.
     """
 
     text: TextConfig = field(default_factory=TextConfig)
@@ -63,6 +64,7 @@ class CLIPRecipe:
     log_every: int = 50
     save_every: int = 500
     test_every: int = 500
+    unseen: int = 512
 
 
 class CLIP(nn.Module):
@@ -78,9 +80,13 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (b, 3, s, s) and token ids (n, m) -> unit embeddings (b, d), (n, d), and the scale."""
-        pictures = F.normalize(self.image(pixels).float(), dim=-1)
-        texts = F.normalize(pool(self.text(ids), ids, end).float(), dim=-1)
-        return pictures, texts, self.log_scale.clamp(max=SHARPEST).exp()
+        return self.pictures(pixels), self.texts(ids, end), self.log_scale.clamp(max=SHARPEST).exp()
+
+    def pictures(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.image(pixels).float(), dim=-1)
+
+    def texts(self, ids: Tensor, end: int) -> Tensor:
+        return F.normalize(pool(self.text(ids), ids, end).float(), dim=-1)
 
 
 def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
@@ -94,7 +100,7 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
         sizes = (recipe.text.vocabulary_size, len(tokenizer.vocabulary))
         raise ValueError(f"text.vocabulary_size {sizes[0]} for {sizes[1]} tokens; expected at least that many")
     data = recipe.data.open(cache or folder / "data", processes, quiet=quiet)
-    unseen = recipe.data.open_unseen(512)
+    unseen = recipe.data.open_unseen(recipe.unseen)
 
     torch.manual_seed(recipe.seed)
     model = CLIP(recipe.text, recipe.image)
@@ -207,13 +213,12 @@ def _test(model: CLIP, unseen: Data, tokenizer: Tokenizer, processes: Processes)
     the axis that two solids stand along, the one that says the opposite."""
     pairs = Pairs(unseen, list(range(len(unseen))), (0,))
 
-    def embed(pixels: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        ids = _short(tokenizer(texts).ids, tokenizer.end).to(processes.device)
-        return model(normalised(pixels.to(processes.device) / 255), ids, tokenizer.end)
+    def embedded(texts: list[str]) -> Tensor:
+        return model.texts(_short(tokenizer(texts).ids, tokenizer.end).to(processes.device), tokenizer.end)
 
-    pictures, texts, _ = embed(unseen.images(pairs.indices), pairs.texts + pairs.false_texts)
+    pictures = model.pictures(normalised(unseen.images(pairs.indices).to(processes.device) / 255))
     count = len(pictures)
-    cosines = pictures @ texts.T
+    cosines = pictures @ embedded(pairs.texts + pairs.false_texts).T
     own = cosines[:, :count].diagonal()
     matches = pairs.matches.to(processes.device)
     found = {"test_retrieval": matches.gather(1, cosines[:, :count].argmax(1, keepdim=True)).float().mean().item()}
@@ -223,10 +228,11 @@ def _test(model: CLIP, unseen: Data, tokenizer: Tokenizer, processes: Processes)
     scenes = [unseen.scene(i) for i in pairs.indices]
     for layout in ("side by side", "stacked", "in depth"):
         chosen = [i for i, scene in zip(pairs.indices, scenes, strict=True) if scene.layout == layout]
+        if not chosen:  # of a few pictures that are looked at
+            continue
         said = [captions.plain(scenes[i], np.random.default_rng(i)) for i in chosen]
         both = [captions.words(s) for s in said] + [captions.words(captions.opposite(s)) for s in said]
-        pictures, texts, _ = embed(unseen.images(chosen), both)
-        true, false = ((pictures * part).sum(1) for part in texts.chunk(2))
+        true, false = ((pictures[chosen] * part).sum(1) for part in embedded(both).chunk(2))
         found[f"test_{layout.replace(' ', '_')}"] = (true > false).float().mean().item()
     return found
 

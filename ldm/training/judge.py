@@ -32,7 +32,7 @@ UNSEEN = 901  # of those that it is tested on
 class JudgeRecipe:
     """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
     `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `noise`: the most that is added, of pictures in [-1, 1]; `blur`:
-    the most, in pixels.
+    the most, in pixels. `unseen`: how many pictures that are not trained on the tests are of.
     """
 
     model: JudgeConfig = field(default_factory=JudgeConfig)
@@ -51,6 +51,7 @@ class JudgeRecipe:
     log_every: int = 50
     save_every: int = 500
     test_every: int = 1000
+    unseen: int = 1000
 
 
 def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False) -> None:
@@ -59,7 +60,7 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
     data = drawn(Scenes(SEED, recipe.count, 64, split="any"), cache or folder / "data", processes)
     scenes = [data.scene(i) for i in range(len(data))]
     answers, mirrored_answers = labels(scenes), labels([mirrored(scene) for scene in scenes])
-    unseen = Scenes(UNSEEN, 1000, 64, split="any")
+    unseen = Scenes(UNSEEN, recipe.unseen, 64, split="any")
     test_pictures = to_unit(unseen.images(range(len(unseen)))).to(processes.device)
     test_scenes = [unseen.scene(i) for i in range(len(unseen))]
 

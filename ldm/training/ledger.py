@@ -28,7 +28,10 @@ from ldm.processes import Processes
 from ldm.training import sharded
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
-MAY_CHANGE = ("steps", "log_every", "save_every", "sheet_every", "compile", "checkpointing", "batch", "accumulation")
+MAY_CHANGE = (
+    *("steps", "log_every", "save_every", "sheet_every", "test_every", "unseen"),
+    *("compile", "checkpointing", "batch", "accumulation"),
+)
 
 
 class Ledger:
