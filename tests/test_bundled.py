@@ -74,13 +74,13 @@ def test_the_command_line_makes_a_picture_with_it_by_default(tmp_path, capsys, m
 
 
 def test_the_judge_is_right_on_fresh_renders(referee):
-    fresh = Scenes(12345, 1000, 64, split="any")
+    fresh = Scenes(12345, 400, 64, split="any")
     pictures = to_unit(fresh.images(range(len(fresh))))
     assert accuracy(referee, pictures, [fresh.scene(i) for i in range(len(fresh))]) >= 0.99
 
 
 def test_the_autoencoder_keeps_what_the_judge_sees(model, referee):
-    fresh = Scenes(12346, 300, 64, split="any")
+    fresh = Scenes(12346, 120, 64, split="any")
     scenes, pictures = [fresh.scene(i) for i in range(len(fresh))], to_unit(fresh.images(range(len(fresh))))
     remade, latents = autoencoder.reconstruct(model.autoencoder, pictures)
     assert autoencoder.psnr(remade, pictures).mean() >= 30
@@ -102,8 +102,8 @@ def test_the_order_of_the_words_decides(model, referee):
 
 def test_its_compositions_are_right(model, referee):
     """The full figures, of 500 prompts a split, are in the model card; this is what a minute can show of them."""
-    assert composition.evaluate(model, referee, "seen", 60).accuracy() > 0.9
-    assert composition.evaluate(model, referee, "held_out", 60).accuracy() > 0.9
+    assert composition.evaluate(model, referee, "seen", 40).accuracy() > 0.9
+    assert composition.evaluate(model, referee, "held_out", 40).accuracy() > 0.9
 
 
 def test_image_to_image_keeps_the_more_the_weaker_it_is(model):

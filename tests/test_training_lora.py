@@ -4,7 +4,6 @@ been, and other programs load the file."""
 import dataclasses
 import json
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -22,9 +21,9 @@ from ldm.training import denoising
 from ldm.training.data import DataConfig
 from ldm.training.lora import LoRARecipe, layers_of, train
 from ldm.training.optimiser import OptimiserConfig
-from tests import seeded
+from tests import ranks, seeded
 from tests.measure import relative_error
-from tests.training_runs import environment, killed, largest_difference, steps_of
+from tests.training_runs import killed, largest_difference, steps_of
 
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
 SETTINGS = ("steps=8", "batch=4", "rank=2", "data.size=32", "log_every=2", "save_every=2", "sheet_every=4", "text_encoder=true")
@@ -87,14 +86,8 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trained):
 
 
 def test_two_processes_train_the_same_bytes_as_one(command, trained, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ldm"]
-    done = subprocess.run(
-        [*launch, *command("batch=2", "accumulation=2", out="two.safetensors")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    (done,) = ranks.run((2, command("batch=2", "accumulation=2", out="two.safetensors")))
+    assert done.status == 0, done.err[-3000:]
     one, parts = trained(out="one.safetensors"), trained("batch=2", "accumulation=2", out="parts.safetensors")
     moved = largest_difference(one, trained("seed=1", out="other.safetensors"))
     assert (tmp_path / "two.safetensors").read_bytes() == parts.read_bytes()
