@@ -54,6 +54,18 @@ def page(browser, server):
     context.close()
 
 
+@pytest.fixture
+def busy(server):
+    """A job that is being made, for as long as the test takes."""
+    fields = {"prompt": PROMPT, "steps": LONG, "width": 128, "height": 128, "seed": 1}
+    job = server.jobs.submit("txt2img", fields)
+    yield job
+    assert not job.over.is_set()
+    server.jobs.cancel(job)
+    while server.jobs.running:
+        time.sleep(0.05)
+
+
 def fill(page, name: str, value: object) -> None:
     box = page.locator(f"#{name} textarea, #{name} input[type=number], #{name} input[type=text]").first
     box.fill(str(value))
@@ -230,6 +242,59 @@ def test_whoever_leaves_gives_up_the_place(page, server):
     assert server.jobs.totals["cancelled"] == before + 1 and not server.jobs.running
 
 
+def test_whoever_leaves_while_waiting_gives_up_the_place(page, server, busy):
+    before = server.jobs.totals["cancelled"]
+    make(page)
+    expect(told(page)).to_have_text("waiting for 1 before it", timeout=30_000)
+    page.close()
+    deadline = time.monotonic() + 15
+    while server.jobs.waiting and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not server.jobs.waiting and server.jobs.totals["cancelled"] == before + 1 and server.jobs.running == [busy]
+
+
+def test_a_job_that_waits_is_cancelled_by_its_button(page, server, busy):
+    make(page)
+    expect(told(page)).to_have_text("waiting for 1 before it", timeout=30_000)
+    time.sleep(1.5)  # it is told again and again how it stands, and stays what it is
+    expect(told(page)).to_have_text("waiting for 1 before it")
+    page.locator("#stop").click()
+    expect(told(page)).to_have_text("cancelled")
+    assert not server.jobs.waiting and server.jobs.running == [busy]
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**64 - 7])
+def test_a_seed_beyond_what_javascript_counts_to_is_shown_as_it_is(page, seed):
+    fill(page, "seed", seed)
+    fill(page, "num_inference_steps", 1)
+    make(page)
+    first = picture(made(page, 1).first)
+    assert receipt_in(first)["seed"] == seed
+    fill(page, "seed", "")
+    page.get_by_role("button", name=f"Seed {seed}", exact=True).click()
+    expect(page.locator("#seed textarea, #seed input")).to_have_value(str(seed))
+    assert page.get_by_role("link", name="Download").get_attribute("download") == f"{seed}.png"
+    make(page)
+    assert np.array_equal(pixels(first), pixels(picture(made(page, 2).first)))
+
+
+def test_inpainting_has_the_strength_that_is_shown(page, tmp_path):
+    fill(page, "num_inference_steps", 4)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    page.locator("#canvas input[type=file]").set_input_files(tmp_path / "red.png")
+    page.wait_for_function("document.querySelector('#canvas canvas').height === 64")
+    place = page.locator("#canvas canvas").bounding_box()
+    page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+    page.mouse.down()
+    page.mouse.up()
+    for count, strength in ((1, 0.8), (2, 1), (3, 0.5)):
+        fill(page, "strength", strength)
+        make(page)
+        made(page, count)
+        receipt = json.loads(page.locator("#gallery pre").first.text_content())
+        assert receipt["task"] == "inpaint" and receipt["strength"] == strength
+
+
 def test_the_page_asks_nobody_but_its_own_server(page, server):
     make(page)
     made(page, 1)
@@ -262,7 +327,7 @@ def test_no_address_of_a_client_is_visited(server, stranger):
     address, visits = stranger
     for path in (f"/gradio_api/proxy={address}", f"/gradio_api/file={address}", f"/gradio_api/file/{address}"):
         assert server.client.get(path, follow_redirects=False).status_code >= 400
-    config = server.client.get("/config").json()
+    config = json.loads(re.search(r"window.gradio_config = (.*?);</script>", server.client.get("/").text)[1])
     for index, dependency in enumerate(config["dependencies"]):
         file = {"path": address, "url": address, "orig_name": "picture.png", "meta": {"_type": "gradio.FileData"}}
         body = {"data": [file] * len(dependency["inputs"]), "fn_index": index, "session_hash": "abc"}

@@ -45,8 +45,19 @@ def test_what_is_filled_in_is_asked_for():
     assert [(lora.name, lora.coefficient) for lora in request.loras] == [("one", 0.5), ("two", -1.0)]
     assert [lora.coefficient for lora in asked(loras=["one", "two"]).loras] == [1.0, 1.0]
     drawn = asked(canvas=json.dumps({"image": "data:image/png;base64,AAAA", "mask": "data:image/png;base64,BBBB"}))
-    assert drawn.mask.endswith("BBBB") and "strength" not in drawn.model_fields_set  # inpainting has a default of its own
+    assert drawn.mask.endswith("BBBB")
     assert asked(canvas=json.dumps({"image": "data:image/png;base64,AAAA"}), strength=0.3).strength == 0.3
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1])
+def test_the_strength_that_is_shown_is_the_one_that_inpainting_gets(strength):
+    drawn = json.dumps({"image": "data:image/png;base64,AAAA", "mask": "data:image/png;base64,BBBB"})
+    request = asked(canvas=drawn, strength=strength)
+    assert request.strength == strength and "strength" in request.model_fields_set  # else inpainting has a default of its own
+
+
+def test_empty_boxes_can_be_null():
+    assert asked(width=None, height=None, seed=None, coefficients=None, canvas=None, negative_prompt=None) == asked()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +72,7 @@ def test_what_is_filled_in_is_asked_for():
         ({"width": "wide"}, "width", "valid integer"),
         ({"canvas": "[1]"}, "image", "load it again"),
         ({"canvas": "{"}, "image", "load it again"),
+        ({"canvas": "[" * 100_000}, "image", "load it again"),
         ({"canvas": '{"image": 3}'}, "image", "valid string"),
     ],
 )

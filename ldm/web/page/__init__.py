@@ -1,15 +1,16 @@
 """The page (gradio): the form of Stable Diffusion's model card, and views for those who study the model.
 
 It asks the same queue with the same checks as POST /v1/images: what is drawn and uploaded comes as data: URLs from `canvas.js`,
-what was made goes as PNGs with their receipts to `gallery.js`. Neither passes through gradio's files, so that no path or
-address of a client is ever looked up, and nothing is left on a disk.
+what was made is fetched by `gallery.js` from `pictures.py`. Neither passes through gradio's files or its sessions, and what of
+gradio the page does not use is closed (`allowed.py`): no path or address of a client is ever looked up, nothing is left on a
+disk.
 """
 
-import base64
+import asyncio
 import html
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,19 @@ from pydantic import ValidationError
 from ldm.diffusion.conventions import SPACINGS
 from ldm.samplers import all_samplers
 from ldm.web import form
-from ldm.web.images_api import encoded
 from ldm.web.jobs import DONE, FAILED, RUNNING, WAITING, FullError, Job, Jobs
-from ldm.web.views import png
+from ldm.web.page import pictures
+from ldm.web.page.allowed import JOIN, PREDICT, Allowed, Sessions
 
 HERE = Path(__file__).parent
 MOST_IMAGES, GUIDANCE = 4, (1, 20)  # of the card's form; the API takes more
-LOOK = 0.2  # seconds between two looks at a job
+LOOK = 0.2  # seconds between two looks at how a job stands
+POLL = 0.02  # and at whether it is over
+SILENCE = 1.0  # seconds within which gradio is told something: only then does it look whether the client has left
+UNHEARD = 10.0  # seconds after which a job is given up that nobody listens to
 OWN = "the sampler's own"
 ATTENTION, DENOISING = "Attention: which words drew which pixels", "Denoising: the estimate at each step"
+VIEWS = {"attention": ATTENTION, "denoising": DENOISING}  # as jobs name them, and as the page does
 
 
 def mount(app: FastAPI, jobs: Jobs, limits: form.Limits) -> FastAPI:
@@ -36,14 +41,28 @@ def mount(app: FastAPI, jobs: Jobs, limits: form.Limits) -> FastAPI:
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     told = {"theme": theme, "css_paths": [HERE / "page.css"], "footer_links": [], "run_history": False, "ssr_mode": False}
     refused = {"allowed_paths": [], "max_file_size": 1, "enable_monitoring": False, "pwa": False, "mcp_server": False}
-    return gr.mount_gradio_app(app, blocks(jobs, limits), path="/", server_name="127.0.0.1", **told, **refused)
-
-
-def blocks(jobs: Jobs, limits: form.Limits) -> gr.Blocks:
-    """What is on the page, and what its buttons do."""
     page = Page(jobs, limits)
-    with gr.Blocks(title=f"ldm: {jobs.components.name}", analytics_enabled=False, fill_width=True) as made:
-        gr.Markdown(f"# ldm\n{html.escape(jobs.components.name)}")
+    made = blocks(page)
+    app.include_router(pictures.router(jobs))
+    gr.mount_gradio_app(app, made, path="/", server_name="127.0.0.1", **told, **refused)
+    mounted = app.routes[-1]
+    mounted.app = Allowed(mounted.app, _calls(made), page.sessions)
+    return app
+
+
+def _calls(made: gr.Blocks) -> dict[str, dict[int, list[str]]]:
+    """What `Allowed` wants to know: which functions there are, and the kinds of values that they take."""
+    found: dict[str, dict[int, list[str]]] = {JOIN: {}, PREDICT: {}}
+    for number, function in made.fns.items():
+        found[JOIN if function.queue else PREDICT][number] = [block.api_info()["type"] for block in function.inputs]
+    return found
+
+
+def blocks(page: "Page") -> gr.Blocks:
+    """What is on the page, and what its buttons do."""
+    components = page.jobs.components
+    with gr.Blocks(title=f"ldm: {components.name}", analytics_enabled=False, fill_width=True) as made:
+        gr.Markdown(f"# ldm\n{html.escape(components.name)}")
         with gr.Row():
             with gr.Column():
                 fields = page.form()
@@ -52,20 +71,22 @@ def blocks(jobs: Jobs, limits: form.Limits) -> gr.Blocks:
                     start = gr.Button("Make pictures", variant="primary", elem_id="start")
                     stop = gr.Button("Cancel", elem_id="stop")
                 told = gr.HTML("", elem_id="told")
-                preview = gr.HTML("", elem_id="preview")
+                preview = _component("preview", value="")
                 with gr.Tabs():
                     with gr.Tab("Pictures"):
                         gallery = _component("gallery", value="")
-                    with gr.Tab("Attention"):
-                        attention = gr.HTML(_strip([], ATTENTION), elem_id="attention")
-                    with gr.Tab("Denoising"):
-                        denoising = gr.HTML(_strip([], DENOISING), elem_id="denoising")
-        current = gr.State("")
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+                    with gr.Tab("Attention", render_children=True):  # so that the pictures are loaded while they are kept
+                        attention = gr.HTML(_hint(ATTENTION), elem_id="attention")
+                    with gr.Tab("Denoising", render_children=True):
+                        denoising = gr.HTML(_hint(DENOISING), elem_id="denoising")
+        current = gr.Textbox("", visible="hidden", elem_id="current")  # the job; gradio would forget a State
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}  # the form checks
         outputs = [current, told, preview, gallery, attention, denoising]
         start.click(page.make, list(fields.values()), outputs, trigger_mode="once", concurrency_limit=None, **quiet)
         stop.click(page.cancel, current, None, queue=False, **quiet)
-    return made.queue(max_size=64)
+    made.state_session_capacity = 8  # of no use to this page
+    made.max_threads = 40 + page.jobs.bound  # calls that gradio runs at a time: all that wait
+    return made.queue(max_size=64, api_open=False)
 
 
 def _component(name: str, **given: Any) -> gr.HTML:
@@ -78,7 +99,7 @@ class Page:
     """The form's components, and what happens to what is in them."""
 
     def __init__(self, jobs: Jobs, limits: form.Limits):
-        self.jobs, self.limits, self.names = jobs, limits, []
+        self.jobs, self.limits, self.names, self.sessions = jobs, limits, [], Sessions()
 
     def form(self) -> dict[str, Any]:
         """The fields, by the names that `ImagesRequest` has for them, in the order in which `make` is given them."""
@@ -111,37 +132,50 @@ class Page:
         self.names = list(found)
         return found
 
-    def make(self, *values: Any) -> Iterator[tuple]:
+    async def make(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple]:
         """Put a job in the queue and tell how it stands until it is over: job, told, preview, gallery, attention, denoising."""
-        given = dict(zip(self.names, values, strict=True))
+        given = dict(zip(self.names, map(self.sessions.taken, values), strict=True))
         keep = gr.skip()
         try:
-            views = tuple(name for name, text in (("attention", ATTENTION), ("denoising", DENOISING)) if text in given["views"])
-            request = asked(given)
-            fields = form.fields_of(request, self.jobs.components, self.limits)
-            job = self.jobs.submit(form.task_of(request), fields, "page", views)
+            views = tuple(kind for kind, about in VIEWS.items() if about in given["views"])
+            asking = asked(given)
+            fields = await asyncio.to_thread(form.fields_of, asking, self.jobs.components, self.limits)
+            job = self.jobs.submit(form.task_of(asking), fields, "page", views)
         except (form.FieldError, FullError) as error:
             where = f"{error.field}: " if isinstance(error, form.FieldError) else ""
             yield "", _line(f"{where}{error}", "refused"), "", keep, keep, keep
             return
+        del given, asking, fields  # pictures are in them
         try:
-            shown = None
-            while not job.over.wait(LOOK):
-                job.watch()
-                now = (self._stands(job), job.preview)
-                if now != shown:
-                    shown = now
-                    yield job.id, shown[0], _image(shown[1]), keep, keep, keep
+            async for told, preview in self._watched(job, request.session_hash):
+                yield job.id, told, preview, keep, keep, keep
         finally:
             self.jobs.cancel(job)  # of whoever has left; of one that is over nothing comes
         if job.state == DONE:
-            views_made = _strip(job.attention, ATTENTION), _strip(job.denoising, DENOISING)
-            yield "", _line("done", "done"), "", _pictures(job), *views_made
+            views_made = (pictures.strip(job, kind) or _hint(about) for kind, about in VIEWS.items())
+            yield "", _line("done", "done"), "", pictures.gallery(job), *views_made
         else:
             yield "", _line(job.error if job.state == FAILED else "cancelled", "refused"), "", keep, keep, keep
 
-    def cancel(self, job_id: str) -> None:
-        job = self.jobs.get(job_id)
+    async def _watched(self, job: Job, session: str) -> AsyncIterator[tuple[str, str]]:
+        """How the job stands and where its preview is, whenever that changes and at least each `SILENCE`, until it is over."""
+        shown, count, preview = None, 0, None
+        told = heard = time.monotonic()
+        while not await _over(job, LOOK):
+            job.watch()
+            if job.preview is not preview:
+                preview, count = job.preview, count + 1
+            now = (self._stands(job), pictures.address(job, "preview", count) if preview else "")
+            if now != shown or time.monotonic() - told >= SILENCE:
+                shown, told = now, time.monotonic()
+                yield now
+            if self.sessions.listeners.get(session):
+                heard = time.monotonic()
+            elif time.monotonic() - heard >= UNHEARD:
+                self.jobs.cancel(job)
+
+    def cancel(self, job_id: str | None) -> None:
+        job = self.jobs.get(job_id or "")
         if job is not None:
             self.jobs.cancel(job)
 
@@ -153,14 +187,22 @@ class Page:
         return _line(f"step {job.step} of {job.steps}", "busy") + f'<progress max="1" value="{job.progress:.3f}"></progress>'
 
 
+async def _over(job: Job, seconds: float) -> bool:
+    """Whether the job is over within so many seconds. No thread waits, of which there are few."""
+    until = time.monotonic() + seconds
+    while not job.over.is_set() and time.monotonic() < until:
+        await asyncio.sleep(POLL)
+    return job.over.is_set()
+
+
 def asked(given: dict[str, Any]) -> form.ImagesRequest:
     """The request that the form's values are. Raises FieldError."""
     named = {name: value for name, value in given.items() if name in form.ImagesRequest.model_fields and value is not None}
     if named.get("spacing") == OWN:
         del named["spacing"]
     for name in ("width", "height", "seed"):
-        if not named[name].strip():
-            del named[name]
+        if not named.get(name, "").strip():
+            named.pop(name, None)
     low, high = GUIDANCE
     if not low <= named.get("guidance_scale", low) <= high:
         raise form.FieldError("guidance_scale", f"guidance {named['guidance_scale']}; expected {low} to {high}")
@@ -170,10 +212,8 @@ def asked(given: dict[str, Any]) -> form.ImagesRequest:
     try:
         drawn = json.loads(given["canvas"] or "{}")
         named |= {name: drawn[name] for name in ("image", "mask") if drawn.get(name)}
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise form.FieldError("image", "the image is none that this page made; load it again") from None
-    if "mask" in named and named["strength"] == form.ImagesRequest.model_fields["strength"].default:
-        del named["strength"]  # for which inpainting has a default of its own
     try:
         return form.ImagesRequest(**named)
     except ValidationError as error:
@@ -198,31 +238,5 @@ def _line(text: str, kind: str) -> str:
     return f'<p class="ldm-{kind}">{html.escape(text)}</p>'
 
 
-def _url(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def _image(data: bytes | None) -> str:
-    return f'<img alt="so far" src="{_url(data)}">' if data else ""
-
-
-def _strip(views: list[tuple[str, Any]], about: str) -> str:
-    figures = (
-        f'<figure><img alt="" src="{_url(png(picture))}"><figcaption>{html.escape(name)}</figcaption></figure>'
-        for name, picture in views
-    )
-    return f'<div class="ldm-strip">{"".join(figures)}</div>' if views else _line(f"{about}. Tick it under Views.", "hint")
-
-
-def _pictures(job: Job) -> str:
-    """What `gallery.js` adds: a JSON list; with the time, so that no two are the same."""
-    made = [
-        {
-            "png": _url(data),
-            "seed": receipt["seed"],
-            "receipt": json.dumps(receipt, indent=2),
-            "flagged": bool(verdict and verdict.flagged),
-        }
-        for data, receipt, verdict in zip(encoded(job), job.result.receipts, job.result.safety, strict=True)
-    ]
-    return json.dumps({"at": time.time(), "pictures": made})
+def _hint(about: str) -> str:
+    return _line(f"{about}. Tick it under Views.", "hint")

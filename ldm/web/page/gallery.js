@@ -9,11 +9,19 @@ function tag(name, values, ...children) {
   return made;
 }
 
-function card(picture) {
-  const image = tag("img", { src: picture.png, alt: `seed ${picture.seed}` });
-  const save = tag("a", { href: picture.png, download: `${picture.seed}.png`, textContent: "Download" });
-  const start = tag("button", { type: "button", textContent: "Start from it" });
-  start.onclick = () => document.dispatchEvent(new CustomEvent("ldm-start", { detail: picture.png }));
+async function fetched(address) {
+  const answer = await fetch(address).catch(() => null);
+  if (!answer?.ok) return null;
+  const picture = await answer.blob();
+  return new Promise((resolve) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.readAsDataURL(picture);
+  });
+}
+
+async function card(picture) {
+  const png = await fetched(picture.png); // at once, since the server does not keep it for long
   const again = tag("button", { type: "button", textContent: `Seed ${picture.seed}`, title: "use this seed again" });
   again.onclick = () => {
     const box = document.querySelector("#seed textarea, #seed input");
@@ -22,12 +30,25 @@ function card(picture) {
   };
   const receipt = tag("details", {}, tag("summary", { textContent: "Receipt" }), tag("pre", { textContent: picture.receipt }));
   const flag = picture.flagged ? [tag("p", { className: "ldm-refused", textContent: "withheld by the safety checker" })] : [];
+  if (!png) {
+    const gone = tag("p", { className: "ldm-refused", textContent: "the server has this picture no more; make it again" });
+    return tag("figure", {}, gone, tag("figcaption", {}, again, ...flag, receipt));
+  }
+  const image = tag("img", { src: png, alt: `seed ${picture.seed}` });
+  const save = tag("a", { href: png, download: `${picture.seed}.png`, textContent: "Download" });
+  const start = tag("button", { type: "button", textContent: "Start from it" });
+  start.onclick = () => document.dispatchEvent(new CustomEvent("ldm-start", { detail: png }));
   return tag("figure", {}, image, tag("figcaption", {}, again, start, save, ...flag, receipt));
 }
 
+async function show(pictures) {
+  shelf.prepend(...(await Promise.all(pictures.map(card))));
+  while (shelf.children.length > MOST) shelf.lastChild.remove();
+}
+
+let shown = Promise.resolve(); // one after the other, so that the newest stay the first
 watch("value", () => {
   if (!props.value) return;
-  const { pictures } = JSON.parse(props.value);
-  shelf.prepend(...pictures.map(card));
-  while (shelf.children.length > MOST) shelf.lastChild.remove();
+  const pictures = JSON.parse(props.value);
+  shown = shown.then(() => show(pictures));
 });
