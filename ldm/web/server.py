@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import ldm
 from ldm.checkpoint import Components
-from ldm.web import a1111, images_api
+from ldm.web import a1111, images_api, refusals
 from ldm.web.form import Limits
 from ldm.web.guard import Guard
 from ldm.web.jobs import Jobs
@@ -83,6 +83,7 @@ def application(components: Components, options: Options) -> Guard:
         from ldm.web import page
 
         page.mount(app, jobs, options.limits)
+    refusals.add(app)
     hosts = frozenset(name.lower() for name in (*LOOPBACK, options.host, *options.names))
     return Guard(app, hosts=hosts, token=options.token)
 

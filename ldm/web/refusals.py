@@ -1,0 +1,36 @@
+"""What a malformed request is answered: 422 with a list `detail` of {type, loc, msg}, whatever was in it.
+
+FastAPI's own answer repeats the input, which JSON cannot always carry back: an infinity, half of a surrogate pair, bytes. It
+would fail there with a 500, or send 40 MB back to whoever sent them.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.routing import Mount
+
+MOST = 20  # details that are told of one request
+LONGEST = 1000  # letters of a text in one
+
+
+def add(app: FastAPI) -> None:
+    """To an application, and to those that are mounted in it."""
+    app.add_exception_handler(RequestValidationError, _refuse)
+    for route in app.routes:
+        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            add(route.app)
+
+
+async def _refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+    details = [
+        {"type": _text(one["type"]), "loc": [_text(part) for part in one["loc"]], "msg": _text(one["msg"])}
+        for one in error.errors()[:MOST]
+    ]
+    return JSONResponse({"detail": details}, status_code=422)
+
+
+def _text(part: Any) -> Any:
+    """Text that UTF-8 can carry: a ? for each lone surrogate. Numbers, which are positions in lists, stay as they are."""
+    return part[:LONGEST].encode(errors="replace").decode() if isinstance(part, str) else part
