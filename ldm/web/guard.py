@@ -2,7 +2,7 @@
 
 - Host names: only those that the server is known under, so that a name that somebody else points at this address (DNS
   rebinding) reaches nothing.
-- Origins: what changes anything must come from a page of this very server, or from no page at all.
+- Origins: a request comes from a page of this very server, or from no page at all. From elsewhere one may only follow a link.
 - A token, where one is set: as `Authorization: Bearer`, as the password of HTTP Basic, or as a cookie, which `/?token=` sets.
 - Bodies: of so many bytes, within so many seconds; all that are being read together have a budget.
 
@@ -15,11 +15,11 @@ import binascii
 import hmac
 import json
 from contextlib import suppress
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
+from starlette.requests import cookie_parser
+
 COOKIE = "ldm_token"
-SAFE = ("GET", "HEAD", "OPTIONS")
 OPEN = ("/health",)  # without a token
 LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20  # of what is still arriving when a refusal has been sent
 
@@ -64,22 +64,20 @@ class Guard:
         await self._with_body(scope, headers, receive, send)
 
     def _refusal(self, scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        host = headers.get("host", "")
+        host, origin = headers.get("host", ""), headers.get("origin")
         if _name(host) not in self.hosts:
             known = ", ".join(sorted(self.hosts))
             return 421, f"this server is not called {host[:80]!r}; expected one of {known} (see --allow-host)"
-        changes = scope["type"] == "websocket" or scope["method"] not in SAFE
-        origin = headers.get("origin")
-        if changes and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             return 403, f"a page of {origin[:80]!r} may not use this server"
-        if changes and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not _follows_a_link(scope, headers):
             return 403, "another site's page may not use this server"
         if self.token is not None and scope["path"] not in OPEN and not self._has_token(scope, headers):
             return 401, "this server wants its token: Authorization: Bearer TOKEN, the password of Basic, or /?token=TOKEN"
         return None
 
     def _has_token(self, scope, headers: dict[str, str]) -> bool:
-        given = [_authorised(headers.get("authorization", "")), _cookie(headers.get("cookie", ""))]
+        given = [_authorised(headers.get("authorization", "")), cookie_parser(headers.get("cookie", "")).get(COOKIE)]
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/":
             given.append(_asked_token(scope))
         return any(hmac.compare_digest(one.encode(), self.token.encode()) for one in given if one is not None)
@@ -134,6 +132,20 @@ def _name(host: str) -> str:
         return ""
 
 
+def _netloc(origin: str) -> str | None:
+    """An Origin header's host and port, as a Host header has them; None where it is malformed."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+def _follows_a_link(scope, headers: dict[str, str]) -> bool:
+    """Whether a browser opens this as a page of its own: not as a picture, a script, a frame or data of another page."""
+    mode, kind = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["type"] == "http" and scope["method"] == "GET" and mode == "navigate" and kind == "document"
+
+
 def _authorised(header: str) -> str | None:
     kind, _, value = header.partition(" ")
     if kind.lower() == "bearer":
@@ -144,14 +156,6 @@ def _authorised(header: str) -> str | None:
         except (binascii.Error, UnicodeDecodeError):
             return None
     return None
-
-
-def _cookie(header: str) -> str | None:
-    try:
-        found = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return None
-    return found.value if found else None
 
 
 def _asked_token(scope) -> str | None:

@@ -1,5 +1,6 @@
 """What may not pass: names, origins, tokens, and bodies that are large, slow, or unpack to much."""
 
+import asyncio
 import base64
 import socket
 import struct
@@ -35,21 +36,62 @@ def test_its_own_names_are_taken_and_others_that_it_is_told(bundled):
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://localhost:1"},
+        {"Origin": "http://["},
+        {"Origin": "http://[::1"},
+        {"Origin": ""},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],
     ids=str,
 )
-def test_another_page_changes_nothing(server, headers):
+def test_another_page_changes_nothing_and_learns_nothing(server, headers):
     for path in ("/v1/images", "/sdapi/v1/interrupt"):
         assert server.client.post(path, json=ASKED, headers=headers).status_code == 403
     assert server.client.delete("/v1/jobs/some", headers=headers).status_code == 403
-    assert server.client.get("/health", headers=headers).status_code == 200
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert server.client.request(method, "/health", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_from_another_page_a_link_may_be_followed_and_nothing_else(server, site):
+    def asked(mode: str, kind: str) -> dict[str, str]:
+        return {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": kind}
+
+    assert server.client.get("/v1/form", headers=asked("navigate", "document")).status_code == 200
+    assert server.client.post("/v1/images", json=ASKED, headers=asked("navigate", "document")).status_code == 403
+    others = [("no-cors", "image"), ("no-cors", "script"), ("cors", "empty"), ("navigate", "iframe"), ("navigate", "object")]
+    for mode, kind in others:
+        assert server.client.get("/v1/form", headers=asked(mode, kind)).status_code == 403, (mode, kind)
 
 
 def test_its_own_page_may(server):
     headers = {"Origin": server.url, "Sec-Fetch-Site": "same-origin"}
     assert server.client.post("/v1/images", json=ASKED, headers=headers).status_code == 200
+    assert server.client.get("/v1/form", headers=headers).status_code == 200
+    typed = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert server.client.get("/v1/form", headers=typed).status_code == 200
+
+
+def test_a_websocket_is_for_its_own_page():
+    def opened(origin: bytes) -> list[str]:
+        seen = []
+
+        async def app(scope, receive, send):
+            seen.append("opened")
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            seen.append(message["type"])
+
+        headers = [(b"host", b"localhost:7860"), (b"origin", origin)]
+        scope = {"type": "websocket", "path": "/", "headers": headers}
+        asyncio.run(guard.Guard(app, hosts=frozenset({"localhost"}))(scope, receive, send))
+        return seen
+
+    assert opened(b"http://localhost:7860") == ["opened"]
+    assert opened(b"http://evil.example") == opened(b"http://[") == ["websocket.close"]
 
 
 def test_beyond_loopback_a_token_is_drawn_and_wanted(bundled):
@@ -72,6 +114,15 @@ def test_beyond_loopback_a_token_is_drawn_and_wanted(bundled):
         assert first.status_code == 303 and "a-secret-token" not in first.headers["location"]
         assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=Strict" in first.headers["set-cookie"]
         assert server.client.get("/v1/form").status_code == 200  # the client keeps cookies
+
+
+def test_the_token_is_found_among_the_cookies_of_other_servers(bundled):
+    """Cookies know no ports: those of every server on this machine come along."""
+    with running(bundled, token="a-secret-token") as server:
+        for others in ('x={"a":1}', "u=a,b c", "a b", "=", 'n="', "é=ü"):
+            for cookies in (f"{others}; {guard.COOKIE}=a-secret-token", f"{guard.COOKIE}=a-secret-token; {others}"):
+                answer = server.client.get("/v1/form", headers={"Cookie": cookies.encode()})
+                assert answer.status_code == 200, cookies
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
