@@ -27,6 +27,7 @@ from ldm.web.jobs import Jobs
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TOKEN = re.compile(r"[A-Za-z0-9_-]{8,}")
 HEADER_SECONDS = 15.0  # for a client to say what it wants
+TAKE_SECONDS = 60.0  # for a client to take more of its answer
 CONNECTIONS = 128
 
 
@@ -103,18 +104,63 @@ def _add_health(app: FastAPI, jobs: Jobs) -> None:
 
 
 class Impatient(H11Protocol):
-    """A connection that is closed where no request comes."""
+    """A connection that is given up where no request comes, and where an answer is not taken.
+
+    Both would otherwise be kept for ever: uvicorn waits without end for the rest of a request that has begun, and for whoever
+    does not read what was sent.
+    """
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.patience = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        transport.set_write_buffer_limits(high=0)  # pause_writing whenever something is left to send, however little
+        self.asking: asyncio.TimerHandle | None = None
+        self.taking: asyncio.TimerHandle | None = None
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_request()
+
+    def _await_request(self) -> None:
+        """A request's time begins with its first byte (the first one's with the connection) and ends when its head is there."""
+        if not self._is_busy():
+            self.asking = self.asking or self.loop.call_later(HEADER_SECONDS, self._give_up)
+        elif self.asking is not None:
+            self.asking.cancel()
+            self.asking = None
+
+    def _is_busy(self) -> bool:
+        """Whether a request is being answered, or the connection has become a websocket."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        return answering or self.transport.get_protocol() is not self
 
     def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        if not self._is_busy() and not self.transport.is_closing():
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_taking()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.taking.cancel()
+
+    def _await_taking(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self.taking = self.loop.call_later(TAKE_SECONDS, self._look_at_taking, left)
+
+    def _look_at_taking(self, left: int) -> None:
+        """Slow is not stuck: only where nothing was taken is the connection cut off, with what is left to send."""
+        if self.transport.get_write_buffer_size() < left:
+            self._await_taking()
+        else:
+            self.transport.abort()
+
     def connection_lost(self, exc) -> None:
-        self.patience.cancel()
+        for timer in (self.asking, self.taking):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
 

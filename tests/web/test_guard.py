@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import socket
 import struct
 import time
@@ -172,6 +173,78 @@ def test_slow_clients_are_let_go_and_hold_up_nobody(bundled, monkeypatch):
             answer = wire.recv(1000)
             assert answer == b"" or b" 408 " in answer
             wire.close()
+
+
+def told(wire: socket.socket) -> bytes:
+    """An answer in JSON, which may come in parts."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += wire.recv(65536)
+    return answer
+
+
+def test_a_request_s_time_begins_again_on_a_connection_that_is_kept(bundled, monkeypatch):
+    """Whoever says half of the second one is let go, though now and then another letter comes."""
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.4)
+    with running(bundled) as server, socket.create_connection(("127.0.0.1", server.port)) as wire:
+        wire.settimeout(5)
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        wire.sendall(head + b"\r\n")
+        assert b" 200 " in told(wire)
+        wire.sendall(b"POST /v1/form HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
+        time.sleep(0.8)  # the head was there in time; the body has a time of its own
+        wire.sendall(b"}")
+        assert b" 405 " in told(wire)
+        wire.sendall(head)
+        wire.settimeout(0.1)
+        answer, deadline = None, time.monotonic() + 5  # uvicorn's own patience would be 10
+        while answer is None and time.monotonic() < deadline:
+            try:
+                answer = wire.recv(1000)
+            except TimeoutError:
+                wire.sendall(b"x")
+            except ConnectionError:
+                answer = b""
+        assert answer == b""
+
+
+def unread(server, length: bytes) -> socket.socket:
+    """A connection whose answer does not fit into the buffers on the way, and which nobody has read so far."""
+    server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    wire = socket.socket()
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wire.settimeout(5)
+    wire.connect(("127.0.0.1", server.port))
+    wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: " + length + b"\r\n\r\n")
+    return wire
+
+
+def count(server) -> int:
+    return len(server.server.server_state.connections)
+
+
+@pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+def test_whoever_does_not_take_an_answer_is_cut_off(bundled, monkeypatch, connection):
+    monkeypatch.setattr(serving, "TAKE_SECONDS", 0.4)
+    with running(bundled) as server, unread(server, connection):
+        deadline = time.monotonic() + 5
+        while not count(server) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert count(server) == 1
+        while count(server) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert count(server) == 0
+
+
+def test_whoever_takes_an_answer_slowly_gets_it_whole(bundled, monkeypatch):
+    monkeypatch.setattr(serving, "TAKE_SECONDS", 0.5)
+    with running(bundled) as server, unread(server, b"close") as wire:
+        answer, start = b"", time.monotonic()
+        while part := wire.recv(1500):
+            answer += part
+            time.sleep(0.06)
+        assert time.monotonic() - start > 0.5
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["info"]["title"] == "ldm"
 
 
 def bomb(side: int) -> bytes:
