@@ -4,7 +4,8 @@
   rebinding) reaches nothing.
 - Origins: a request comes from a page of this very server, or from no page at all. From elsewhere one may only follow a link.
 - A token, where one is set: as `Authorization: Bearer`, as the password of HTTP Basic, or as a cookie, which `/?token=` sets.
-- Bodies: of so many bytes, within so many seconds; all that are being read together have a budget.
+- Bodies: of so many bytes, within so many seconds; all large ones that are being read together have a budget. Where no token
+  is wanted, none.
 
 A refusal is JSON with one line, `detail`.
 """
@@ -20,7 +21,9 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.requests import cookie_parser
 
 COOKIE = "ldm_token"
-OPEN = ("/health",)  # without a token
+OPEN = ("/health",)  # without a token, and without a body
+SMALL = 1 << 20  # bytes of each body that the budget does not count, so that small requests pass when it is spent
+RETRY_AFTER = "5"  # seconds, for whom the budget was spent
 LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20  # of what is still arriving when a refusal has been sent
 
 
@@ -28,7 +31,7 @@ class Guard:
     """An ASGI application around another.
 
     hosts: names and addresses, lower case, without ports. most_bytes, seconds: of one body. budget: bytes of all bodies that
-    are in memory at a time.
+    are being read at a time, beyond the first megabyte of each.
     """
 
     def __init__(
@@ -84,44 +87,63 @@ class Guard:
 
     async def _with_body(self, scope, headers: dict[str, str], receive, send) -> None:
         """Read the whole body first, so that whoever is slow, or sends too much, holds up nobody else."""
+        most = 0 if scope["path"] in OPEN else self.most_bytes
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.most_bytes:
-            await _refuse(scope, receive, send, 413, f"a body of {length[:20]} bytes; expected at most {self.most_bytes}")
+        if not length.isdecimal() or int(length) > most:
+            await _refuse(scope, receive, send, 413, f"a body of {length[:20]} bytes; expected at most {most}")
             return
         body = bytearray()
         try:
             try:
                 async with asyncio.timeout(self.seconds):
-                    refusal = await self._read(receive, body)
+                    refusal = await self._read(receive, body, most)
             except TimeoutError:
                 refusal = 408, f"the body took more than {self.seconds:g} s; send it faster"
             if refusal is not None:
                 await _refuse(scope, receive, send, *refusal)
                 return
-            messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            handed_on = False
 
             async def replay():
-                return messages.pop() if messages else await receive()
+                nonlocal handed_on
+                if handed_on:
+                    return await receive()
+                handed_on = True
+                message = {"type": "http.request", "body": bytes(body), "more_body": False}
+                self._forget(body)
+                return message
 
             await self.app(scope, replay, send)
         finally:
-            self.held -= len(body)
+            self._forget(body)
 
-    async def _read(self, receive, body: bytearray) -> tuple[int, str] | None:
+    async def _read(self, receive, body: bytearray, most: int) -> tuple[int, str] | None:
         """The whole body into `body`; why not, where that may not be."""
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return 400, "the client has left"
             part = message.get("body", b"")
-            if len(body) + len(part) > self.most_bytes:
-                return 413, f"a body of more than {self.most_bytes} bytes; expected fewer"
-            if self.held + len(part) > self.budget:
-                return 503, "too many large requests at a time; try again later"
-            self.held += len(part)
+            length = len(body) + len(part)
+            if length > most:
+                return 413, f"a body of more than {most} bytes; expected fewer"
+            counted = _counted(length) - _counted(len(body))
+            if self.held + counted > self.budget:
+                return 429, "too many large requests at a time; try again later"
+            self.held += counted
             body += part
             if not message.get("more_body", False):
                 return None
+
+    def _forget(self, body: bytearray) -> None:
+        """A body that is no longer the guard's: the memory that it takes while its job waits is the queue's to bound."""
+        self.held -= _counted(len(body))
+        body.clear()
+
+
+def _counted(length: int) -> int:
+    """The bytes of a body that the budget counts."""
+    return max(0, length - SMALL)
 
 
 def _name(host: str) -> str:
@@ -180,6 +202,8 @@ async def _refuse(scope, receive, send, status: int, detail: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="ldm"'))
+    if status == 429:
+        headers.append((b"retry-after", RETRY_AFTER.encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await _linger(receive)

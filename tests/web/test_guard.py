@@ -304,31 +304,47 @@ def test_no_address_that_a_request_names_is_visited(server):
             listener.accept()
 
 
-def test_bytes_and_budget_are_bounded_by_the_guard_itself():
-    import asyncio
+def asked_of(one: guard.Guard, parts: list[bytes], path: str = "/", **headers: str) -> dict:
+    """The first message of its answer to a request whose body comes in parts."""
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    answers = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        answers.append(message)
+
+    given = [(b"host", b"localhost"), *((name.encode(), value.encode()) for name, value in headers.items())]
+    asyncio.run(one({"type": "http", "method": "POST", "path": path, "headers": given}, receive, send))
+    return answers[0]
+
+
+def test_bytes_and_budget_are_bounded_by_the_guard_itself(monkeypatch):
+    monkeypatch.setattr(guard, "SMALL", 10)
+    got = []
 
     async def app(scope, receive, send):
-        await receive()
+        got.append((await receive(), one.held))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async def ask(one: guard.Guard, parts: list[bytes]) -> int:
-        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-        messages.append({"type": "http.request", "body": b"", "more_body": False})
-        status = []
-
-        async def receive():
-            return messages.pop(0)
-
-        async def send(message):
-            status.append(message.get("status"))
-
-        await one({"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send)
-        return status[0]
-
     one = guard.Guard(app, hosts=frozenset({"localhost"}), most_bytes=100, budget=150)
-    assert asyncio.run(ask(one, [b"x" * 60, b"x" * 40])) == 200
-    assert asyncio.run(ask(one, [b"x" * 60, b"x" * 41])) == 413
+    assert asked_of(one, [b"x" * 60, b"y" * 40])["status"] == 200
+    whole = {"type": "http.request", "body": b"x" * 60 + b"y" * 40, "more_body": False}
+    assert got == [(whole, 0)]  # what is with the application holds up no other body
+    assert asked_of(one, [b"x" * 60, b"x" * 41])["status"] == 413
     one.held = 100
-    assert asyncio.run(ask(one, [b"x" * 60])) == 503
-    assert one.held == 100
+    assert asked_of(one, [b"x" * 60])["status"] == 200
+    refused = asked_of(one, [b"x" * 60, b"x"])
+    assert refused["status"] == 429 and (b"retry-after", b"5") in refused["headers"]
+    one.held = 150  # spent; small ones pass nevertheless
+    assert asked_of(one, [b"x" * 6, b"x" * 4])["status"] == 200
+    assert asked_of(one, [b"x" * 6, b"x" * 5])["status"] == 429
+    assert one.held == 150
+
+
+def test_who_needs_no_token_sends_no_body(server):
+    for body in (b"{}", iter([b"{", b"}"])):
+        assert server.client.request("GET", "/health", content=body).status_code == 413
