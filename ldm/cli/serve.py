@@ -1,6 +1,7 @@
 """`ldm serve`: the page and the HTTP API (extra `web`)."""
 
 import argparse
+import ipaddress
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,10 +57,28 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.host}:{args.port}: cannot listen there ({error.strerror}); try another --port") from None
     with listener:
         components = options.load(args)
-        host, port = f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1]
+        host, port = _reachable(args.host, listener), listener.getsockname()[1]
         query = f"?token={asked.token}" if asked.token else ""
         page = f"http://{host}:{port}/{query}, " if args.page else ""
         print(f"{components.name}: {page}http://{host}:{port}/v1, described at /openapi.json", flush=True)
         if asked.token:
             print(f"token: {asked.token}", flush=True)
         server.server(components, asked).run(sockets=[listener])
+
+
+def _reachable(host: str, listener: socket.socket) -> str:
+    """The host as an address in a browser names it: of a server that listens on every address, the one that leads outward."""
+    if ipaddress.ip_address(listener.getsockname()[0]).is_unspecified:
+        host = _outward(listener.family)
+    return f"[{host}]" if ":" in host else host
+
+
+def _outward(family: int) -> str:
+    """This machine's address towards others, or the loopback one where it has no network. Connecting UDP sends nothing."""
+    far, near = ("2001:db8::1", "::1") if family == socket.AF_INET6 else ("192.0.2.1", "127.0.0.1")  # RFC 3849, RFC 5737
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((far, 9))
+        except OSError:
+            return near
+        return probe.getsockname()[0]

@@ -1,7 +1,7 @@
 """What may not pass: a middleware around the whole application, page, API and websockets alike.
 
 - Host names: only those that the server is known under, so that a name that somebody else points at this address (DNS
-  rebinding) reaches nothing.
+  rebinding) reaches nothing. An address is no name: where a token is set, any will do.
 - Origins: a request comes from a page of this very server, or from no page at all. From elsewhere one may only follow a link.
 - A token, where one is set: as `Authorization: Bearer`, as the password of HTTP Basic, or as a cookie, which `/?token=` sets.
 - Bodies: of so many bytes, within so many seconds; all large ones that are being read together have a budget. Where no token
@@ -14,6 +14,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
 import json
 from contextlib import suppress
 from urllib.parse import parse_qs, urlsplit
@@ -68,7 +69,8 @@ class Guard:
 
     def _refusal(self, scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(host) not in self.hosts:
+        name = _name(host)
+        if name not in self.hosts and not (self.token is not None and _is_address(name)):
             known = ", ".join(sorted(self.hosts))
             return 421, f"this server is not called {host[:80]!r}; expected one of {known} (see --allow-host)"
         if origin is not None and _netloc(origin) != host.lower():
@@ -152,6 +154,14 @@ def _name(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _netloc(origin: str) -> str | None:

@@ -126,6 +126,17 @@ def test_the_token_is_found_among_the_cookies_of_other_servers(bundled):
                 assert answer.status_code == 200, cookies
 
 
+def test_with_a_token_it_is_reached_by_any_of_its_addresses(bundled):
+    """A server that listens on all of them knows none; whose name leads here by rebinding has a name."""
+    with running(bundled, token="a-secret-token") as server:
+        good = {"Authorization": "Bearer a-secret-token"}
+        for host in ("192.168.1.5:7860", "10.0.0.1", "[fe80::1]:7860"):
+            assert server.client.get("/v1/form", headers={"Host": host, **good}).status_code == 200
+            assert server.client.get("/v1/form", headers={"Host": host}).status_code == 401
+        for host in ("evil.example", "192.168.1.5.evil.example", "192.168.1", "[192.168.1.5]", ""):
+            assert server.client.get("/v1/form", headers={"Host": host, **good}).status_code == 421
+
+
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
     with socket.create_connection(("127.0.0.1", server.port)) as wire:
         head = (

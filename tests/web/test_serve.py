@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import httpx
 import pytest
 
+from ldm.cli import serve
+
 LDM = (sys.executable, "-W", "ignore", "-m", "ldm", "serve")
 PAGE = () if find_spec("gradio") else ("--no-page",)
 
@@ -55,7 +57,28 @@ def test_beyond_the_loopback_address_it_wants_the_token_that_it_prints():
         url = f"http://127.0.0.1:{port}"
         token = process.stdout.readline().removeprefix("token: ").strip()
         assert len(token) >= 24 and httpx.get(f"{url}/v1/form", timeout=60).status_code == 401
-        assert httpx.get(f"{url}/v1/form", headers={"Authorization": f"Bearer {token}"}, timeout=60).status_code == 200
+        good = {"Authorization": f"Bearer {token}"}
+        assert httpx.get(f"{url}/v1/form", headers=good, timeout=60).status_code == 200
+        shown = re.search(r"http://\S+/v1", line).group()  # an address that others can call
+        assert "0.0.0.0" not in line
+        assert httpx.get(f"{shown}/form", headers=good, timeout=60, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("::1", "[::1]"), ("0.0.0.0", None), ("::", None)],
+)
+def test_the_address_that_it_says_is_one_to_call_it_by(bound, shown):
+    family = socket.AF_INET6 if ":" in bound else socket.AF_INET
+    try:
+        listener = socket.create_server((bound, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {bound}")
+    with listener:
+        named = serve._reachable(bound, listener)
+        assert shown is None or named == shown
+        with socket.create_connection((named.strip("[]"), listener.getsockname()[1]), timeout=10):
+            pass
 
 
 def test_what_it_cannot_do_is_one_line():
