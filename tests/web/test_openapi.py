@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 import ldm
-from ldm.web import jobs as queue
+from ldm.web import runs
 from tests.web.conftest import running
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
@@ -18,13 +18,13 @@ from hypothesis import strategies as st  # noqa: E402
 def operations() -> Iterator[list]:
     """Of a server that makes one small picture of whatever it is asked for: what is tried out is the way to it."""
     patch = pytest.MonkeyPatch()
-    for task, real in list(queue.PIPELINES.items()):
+    for task, real in list(runs.PIPELINES.items()):
 
         def quick(components, real=real, **fields):
             small = {"steps": min(fields["steps"], 2), "num_images": 1, "width": 64, "height": 64}
             return real(components, **{**fields, **small})
 
-        patch.setitem(queue.PIPELINES, task, quick)
+        patch.setitem(runs.PIPELINES, task, quick)
     with running(ldm.build("tiny", seed=0), bound=64) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         yield [found.ok() for found in schema.get_all_operations()]

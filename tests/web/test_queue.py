@@ -17,6 +17,7 @@ from PIL import Image
 import ldm
 from ldm.pipelines import together
 from ldm.web import jobs as queue
+from ldm.web import runs
 from ldm.web.jobs import Jobs
 from tests.measure import relative_error
 from tests.web.conftest import PROMPT, running
@@ -65,8 +66,8 @@ def held(jobs):
 
 def test_what_waits_and_is_alike_goes_together_up_to_the_bound(jobs, monkeypatch):
     sizes = []
-    real = queue.txt2img_together
-    monkeypatch.setattr(queue, "txt2img_together", lambda c, asked, **more: sizes.append(len(asked)) or real(c, asked, **more))
+    real = runs.txt2img_together
+    monkeypatch.setattr(runs, "txt2img_together", lambda c, asked, **more: sizes.append(len(asked)) or real(c, asked, **more))
     first = held(jobs)
     alike = [jobs.submit("txt2img", request(seed=i, prompt=OTHER if i % 2 else PROMPT)) for i in range(5)]
     different = jobs.submit("txt2img", request(steps=2))
@@ -98,7 +99,7 @@ def test_a_fault_of_ours_is_told_apart_and_the_queue_goes_on(jobs, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("secret detail")
 
-    monkeypatch.setitem(queue.PIPELINES, "txt2img", broken)
+    monkeypatch.setitem(runs.PIPELINES, "txt2img", broken)
     job = jobs.submit("txt2img", request())
     assert job.over.wait(10) and job.state == queue.FAILED and job.fault and "secret" not in job.error
     monkeypatch.undo()
@@ -116,25 +117,28 @@ def test_cancelling_one_of_several_leaves_the_others(jobs):
     assert pair[1].over.wait(30) and pair[1].state == queue.DONE
 
 
-def test_finished_jobs_are_forgotten(bundled):
-    jobs = Jobs(bundled, kept=2, seconds=0.5)
+def test_finished_jobs_are_forgotten_even_while_nobody_asks_for_anything(bundled):
+    jobs = Jobs(bundled, kept=2, seconds=1.5)
     made = [jobs.submit("txt2img", request(steps=1)) for _ in range(3)]
     assert all(job.over.wait(20) for job in made)
     assert jobs.get(made[0].id) is None and jobs.get(made[2].id) is made[2]
-    time.sleep(0.6)
-    assert jobs.get(made[2].id) is None and not jobs.known
+    time.sleep(2.0)
+    assert not jobs.known
     jobs.close()
     with pytest.raises(queue.FullError, match="shut down"):
         jobs.submit("txt2img", request())
 
 
-def test_views_for_those_who_study_the_model(jobs):
-    job = jobs.submit("txt2img", request(prompt="a red cube", steps=30), views=("attention", "denoising"))
-    assert job.over.wait(60) and job.state == queue.DONE, job.error
-    assert [word for word, _ in job.attention] == ["a", "red", "cube"]
-    assert all(picture.size == job.result.images[0].size for _, picture in job.attention)
-    assert len({picture.tobytes() for _, picture in job.attention}) == 3
-    assert 10 <= len(job.denoising) <= 24 and job.denoising[0][1].tobytes() != job.denoising[-1][1].tobytes()
+def test_the_oldest_are_forgotten_where_the_pictures_of_all_take_too_much_room(bundled):
+    one = 64 * 64 * 3  # bytes
+    jobs = Jobs(bundled, together=1, room=3 * one)
+    made = [jobs.submit("txt2img", request(steps=1, num_images=count)) for count in (1, 1, 2)]
+    assert all(job.over.wait(20) for job in made)
+    assert [jobs.get(job.id) for job in made] == [None, made[1], made[2]]
+    large = jobs.submit("txt2img", request(prompt="a red cube", steps=2), views=("attention", "denoising"))
+    assert large.over.wait(20) and large.size == (1 + 3 + 2) * one
+    assert list(jobs.known.values()) == [large]  # the last one stays, whatever its size
+    jobs.close()
 
 
 def abandoned(url: str, asked: dict) -> None:
