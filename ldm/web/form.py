@@ -7,6 +7,7 @@ refused by `fields_of`, with the field's name, before anything is put in the que
 
 import base64
 import binascii
+import dataclasses
 import io
 import re
 from dataclasses import dataclass
@@ -19,13 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from ldm import images
 from ldm.adapters.lookup import ENDINGS
 from ldm.checkpoint import Components
-from ldm.pipelines.settings import SEEDS_BELOW, checked
-from ldm.text.prompt import PromptError, take_loras
+from ldm.diffusion.conventions import from_image, make_grid
+from ldm.pipelines.run import sees_mask
+from ldm.pipelines.settings import SEEDS_BELOW, Settings, checked
+from ldm.text.encoding import parse
+from ldm.text.prompt import PromptError
 
 LONGEST_TEXT = 20_000  # letters of a prompt
 MOST_IMAGES = 16
 MOST_STEPS = 512
 MOST_BYTES = 16 << 20  # of an uploaded picture
+TASK_FIELDS = ("prompt", "image", "mask", "strength", "posterior", "paste", "width", "height")  # which are no `Settings`
+FIELDS = (*TASK_FIELDS, *(field.name for field in dataclasses.fields(Settings)))
 
 
 class FieldError(ValueError):
@@ -113,27 +119,40 @@ def fields_of(request: ImagesRequest, components: Components, limits: Limits) ->
         if "strength" not in request.model_fields_set:
             fields["strength"] = 1.0
     fields |= sizes(request.width, request.height, fields.get("image"), components, limits)
-    return check(fields, limits)
+    return check(fields, components, limits)
 
 
-def check(fields: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """The same with a seed; everything that needs no model is refused here."""
-    for name, _ in fields.get("loras", ()):
-        check_name("loras", name, limits)
-    for field in ("prompt", "negative_prompt"):
-        try:
-            for name, _ in take_loras(fields[field])[1]:
-                check_name(field, name, limits)
-        except PromptError as error:
-            raise FieldError(field, str(error)) from None
-    own = ("prompt", "image", "mask", "strength", "posterior", "paste", "width", "height")
+def check(fields: dict[str, Any], components: Components, limits: Limits) -> dict[str, Any]:
+    """The same with a seed; whatever can be refused before the pictures are made is refused here."""
     try:
-        settings = checked({name: value for name, value in fields.items() if name not in own})
+        settings = checked({name: value for name, value in fields.items() if name not in TASK_FIELDS})
+        grid = make_grid(components.schedule, settings.steps, settings.sampler, spacing=settings.spacing)
     except ValueError as error:
-        raise FieldError(_field_in(str(error), fields), str(error)) from None
+        raise FieldError(field_in(str(error)), str(error)) from None
     if settings.seed + settings.num_images > SEEDS_BELOW:
         raise FieldError("seed", f"seed {settings.seed}; expected at most {SEEDS_BELOW - settings.num_images}")
+    for field in ("prompt", "negative_prompt"):
+        _check_prompt(field, fields[field], settings.prompt_syntax, components, limits)
+    check_loras("loras", [name for name, _ in settings.loras], components, limits)
+    if "mask" not in fields and sees_mask(components):
+        raise FieldError("mask", "the model is for inpainting; give an image, and a mask that is white where it is made anew")
+    if "mask" in fields and from_image(grid, fields["strength"], settings.sampler, steps=settings.steps) is None:
+        strength = f"strength {fields['strength']} of {settings.steps} steps"
+        raise FieldError("strength", f"{strength} leaves none to run; raise strength or steps")
     return fields | {"seed": settings.seed}
+
+
+def _check_prompt(field: str, text: str, syntax: str, components: Components, limits: Limits) -> None:
+    try:
+        prompt = parse(text, syntax)
+    except PromptError as error:
+        raise FieldError(field, str(error)) from None
+    if prompt.swaps:
+        raise FieldError(field, "a .swap, which cannot be made here; write the words that are wanted")
+    names = [name for name, _ in prompt.loras]
+    check_loras(field, names, components, limits)
+    if names and field == "negative_prompt":
+        raise FieldError(field, f"LoRA {names[0]!r} would change both prompts; name it in the prompt")
 
 
 def sizes(
@@ -156,12 +175,15 @@ def sizes(
     return {"width": size[0], "height": size[1]}
 
 
-def check_name(field: str, name: str, limits: Limits) -> None:
-    """Of an adapter: only a bare name that is in the server's folder, so that none leads out of it."""
+def check_loras(field: str, names: list[str], components: Components, limits: Limits) -> None:
+    """Only bare names that are in the server's folder, so that none leads out of it."""
     known = adapters(limits)
-    if name not in known:
-        listed = f"expected one of {', '.join(known[:10])}" if known else "this server has none"
-        raise FieldError(field, f"LoRA {name[:60]!r}; {listed}")
+    for name in names:
+        if name not in known:
+            listed = f"expected one of {', '.join(known[:10])}" if known else "this server has none"
+            raise FieldError(field, f"LoRA {name[:60]!r}; {listed}")
+    if names and components.acceleration is not None:
+        raise FieldError(field, "this server's model is accelerated, which LoRAs cannot change; leave them out")
 
 
 def adapters(limits: Limits) -> list[str]:
@@ -198,7 +220,8 @@ def picture_of(data: bytes, field: str, most_pixels: int) -> Image.Image:
         raise FieldError(field, str(error)) from None
 
 
-def _field_in(message: str, fields: dict[str, Any]) -> str:
+def field_in(message: str) -> str:
     """Which field a pipeline's refusal is about: it begins with the name."""
-    first = message.split(" ", 1)[0].rstrip(",")
-    return first if first in fields else "prompt"
+    first = message.removeprefix("the ").replace("negative prompt", "negative_prompt", 1).split(" ", 1)[0].rstrip(",:")
+    first = {"LoRA": "loras"}.get(first, first)
+    return first if first in FIELDS else "prompt"

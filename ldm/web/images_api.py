@@ -19,6 +19,7 @@ from ldm.web.jobs import CANCELLED, DONE, FAILED, FullError, Job, Jobs
 
 POLL = 0.05  # seconds between two looks at a job
 RETRY_AFTER = "5"  # seconds, for whom the queue was full
+NAMES = {"steps": "num_inference_steps"}  # of the pipelines' fields, where the form has others
 
 
 class MadeImage(BaseModel):
@@ -44,6 +45,14 @@ class JobState(BaseModel):
 def invalid(field: str, message: str) -> RequestValidationError:
     """A field's refusal, as FastAPI's own are."""
     return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message, "input": None}])
+
+
+def refused(job: Job, names: dict[str, str]) -> Exception:
+    """What a job that failed is answered: a fault of the server's, or the refusal of a field, which `names` may rename."""
+    if job.fault:
+        return HTTPException(500, job.error)
+    field = form.field_in(job.error)
+    return invalid(names.get(field, field), job.error)
 
 
 def submit(jobs: Jobs, task: str, fields: dict[str, Any], origin: str = "v1") -> Job:
@@ -79,16 +88,17 @@ def router(jobs: Jobs, limits: form.Limits) -> APIRouter:
         return job
 
     def state(job: Job) -> JobState:
-        told = JobState(
-            id=job.id,
-            state=job.state,
-            position=jobs.position(job),
-            progress=job.progress,
-            step=job.step,
-            steps=job.steps,
-            error=job.error,
-        )
-        if job.state == DONE:
+        with jobs.changed:  # so that what is told is of one moment
+            told = JobState(
+                id=job.id,
+                state=job.state,
+                position=jobs.position(job),
+                progress=job.progress,
+                step=job.step,
+                steps=job.steps,
+                error=job.error,
+            )
+        if told.state == DONE:
             for data, receipt, verdict in zip(encoded(job), job.result.receipts, job.result.safety, strict=True):
                 png, flagged = base64.b64encode(data).decode(), None if verdict is None else verdict.flagged
                 told.images.append(MadeImage(png=png, seed=receipt["seed"], flagged=flagged, receipt=receipt))
@@ -100,14 +110,14 @@ def router(jobs: Jobs, limits: form.Limits) -> APIRouter:
         try:
             fields = await asyncio.to_thread(form.fields_of, asked, jobs.components, limits)
         except form.FieldError as error:
-            raise invalid(error.field, str(error)) from None
+            raise invalid(NAMES.get(error.field, error.field), str(error)) from None
         job = submit(jobs, form.task_of(asked), fields)
         if not wait:
             response.status_code = 202
             return state(job)
         await finished(jobs, job, request)
         if job.state == FAILED:
-            raise HTTPException(500, job.error) if job.fault else invalid("prompt", job.error)
+            raise refused(job, NAMES)
         if job.state == CANCELLED:
             raise HTTPException(409, "the job was cancelled")
         return await asyncio.to_thread(state, job)
@@ -117,12 +127,17 @@ def router(jobs: Jobs, limits: form.Limits) -> APIRouter:
         """How a job stands; with its pictures when it is done."""
         return state(found(job_id))
 
-    @routes.get("/jobs/{job_id}/preview", response_class=Response, responses={200: {"content": {"image/png": {}}}, 204: {}})
+    previews = {200: {"content": {"image/png": {}}}, 204: {}, 403: {"description": "the safety checker allows none"}}
+
+    @routes.get("/jobs/{job_id}/preview", response_class=Response, responses=previews)
     def preview(job_id: str) -> Response:
         """What the picture looks like so far, small; nothing where there is none yet."""
         job = found(job_id)
+        if job.withheld is not None:
+            raise HTTPException(403, job.withheld)
         job.watch()
-        return Response(job.preview, media_type="image/png") if job.preview else Response(status_code=204)
+        shown = job.preview  # which the end of the job takes away
+        return Response(status_code=204) if shown is None else Response(shown, media_type="image/png")
 
     @routes.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def file(job_id: str, index: int) -> Response:

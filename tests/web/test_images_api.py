@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import threading
 import time
@@ -11,7 +12,12 @@ import pytest
 from PIL import Image
 
 import ldm
+from ldm.models.safety import SafetyChecker
 from ldm.output import files
+from ldm.web import form
+from ldm.web.images_api import NAMES, refused
+from ldm.web.jobs import DONE, RUNNING, Job
+from tests import golden_inputs, seeded
 from tests.web.conftest import PROMPT, running
 
 
@@ -79,6 +85,10 @@ def test_an_image_makes_it_image_to_image_and_a_mask_inpainting(server, bundled)
         ({"prompt": "<lora:/etc/passwd:1>"}, "prompt", "this server has none"),
         ({"negative_prompt": "<lora:/etc/passwd:1>"}, "negative_prompt", "this server has none"),
         ({"prompt": "(a", "use_compel": True}, "prompt", "position"),
+        ({"negative_prompt": "(", "use_compel": True}, "negative_prompt", "position"),
+        ({"prompt": "a withLora(style, 1)", "use_compel": True}, "prompt", "this server has none"),
+        ({"prompt": '("cat").swap("dog")', "use_compel": True}, "prompt", "a .swap, which cannot be made here"),
+        ({"prompt": "(" * 20_000, "use_compel": True}, "prompt", "position"),
         ({"mask": "AAAA"}, "mask", "mask without image"),
         ({"image": "not base64!"}, "image", "no base64 of a picture"),
         ({"image": base64.b64encode(b"GIF89a").decode()}, "image", "cannot be read as PNG, JPEG or WebP"),
@@ -91,6 +101,81 @@ def test_a_refusal_is_422_and_names_the_field_and_its_range(server, fields, fiel
     assert refused.status_code == 422, refused.text
     (detail,) = refused.json()["detail"]
     assert detail["loc"][:2] == ["body", field] and words in detail["msg"], detail
+
+
+def test_what_depends_on_several_fields_is_refused_before_it_waits(server, bundled, tmp_path):
+    picture = uploaded(Image.new("RGB", (64, 64)))
+    asked = {"prompt": PROMPT, "image": picture, "mask": picture, "num_inference_steps": 4, "strength": 0.2}
+    refused = server.client.post("/v1/images?wait=false", json=asked)
+    (detail,) = refused.json()["detail"]
+    assert refused.status_code == 422 and detail["loc"] == ["body", "strength"]
+    assert detail["msg"] == "strength 0.2 of 4 steps leaves none to run; raise strength or steps"
+    (tmp_path / "style.safetensors").touch()
+    limits = form.Limits(adapter_folder=tmp_path)
+    request = form.ImagesRequest(prompt=PROMPT, negative_prompt="<lora:style:1>")
+    with pytest.raises(form.FieldError, match="name it in the prompt") as error:
+        form.fields_of(request, bundled, limits)
+    assert error.value.field == "negative_prompt"
+    fast = dataclasses.replace(bundled, acceleration={"kind": "any"})
+    with pytest.raises(form.FieldError, match="model is accelerated") as error:
+        form.fields_of(form.ImagesRequest(prompt=PROMPT, loras=[{"name": "style"}]), fast, limits)
+    assert error.value.field == "loras"
+    painter = ldm.build("tiny", seed=0)
+    painter.unet.config = dataclasses.replace(painter.unet.config, in_channels=9)
+    with pytest.raises(form.FieldError, match="the model is for inpainting") as error:
+        form.fields_of(form.ImagesRequest(prompt=PROMPT), painter, limits)
+    assert error.value.field == "mask"
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("steps 2000; expected 1 to 1000", "num_inference_steps"),
+        ("strength 0.1 of 4 steps leaves none", "strength"),
+        ("negative prompt '(', position 1", "negative_prompt"),
+        ("the negative prompt names LoRA 'a'", "negative_prompt"),
+        ("LoRA 'a': there is no such file", "loras"),
+        ("mask: has floating-point values", "mask"),
+        ("the latents hold NaN", "prompt"),
+    ],
+)
+def test_what_a_run_refuses_is_told_of_the_field_that_it_begins_with(message, field):
+    job = Job("txt2img", {}, error=message)
+    assert refused(job, NAMES).errors()[0]["loc"] == ("body", field)
+    job.fault = True
+    assert refused(job, NAMES).status_code == 500
+
+
+class Ending(Job):
+    """A job that ends as soon as its state has been looked at, and has no preview when that has been."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name in ("state", "preview"):
+            self.__dict__[name] = {"state": DONE, "preview": None}[name]
+        return value
+
+
+def test_what_is_told_of_a_job_is_of_one_moment(server, bundled):
+    result = ldm.txt2img(bundled, PROMPT, steps=1)
+    job = Ending("txt2img", {}, state=RUNNING, preview=b"some PNG", result=result)
+    server.jobs.known[job.id] = job
+    answer = server.client.get(f"/v1/jobs/{job.id}/preview")
+    assert (answer.status_code, answer.content) == (200, b"some PNG")
+    assert server.client.get(f"/v1/jobs/{job.id}/preview").status_code == 204
+    told = server.client.get(f"/v1/jobs/{job.id}").json()
+    assert (told["state"], told["images"]) == ("running", [])
+    del server.jobs.known[job.id]
+
+
+def test_where_a_safety_checker_withholds_pictures_there_is_no_preview(bundled):
+    checker = seeded.fill(SafetyChecker(golden_inputs.SAFETY))
+    with running(dataclasses.replace(bundled, safety=checker)) as server:
+        asked = {"prompt": PROMPT, "num_inference_steps": 512}
+        path = f"/v1/jobs/{server.client.post('/v1/images?wait=false', json=asked).json()['id']}"
+        answer = server.client.get(f"{path}/preview")
+        assert answer.status_code == 403 and "safety checker sees finished pictures alone" in answer.json()["detail"]
+        server.client.delete(path)
 
 
 def test_a_job_is_watched_previewed_and_cancelled(server):
