@@ -2,28 +2,27 @@
 
 Prompts are read in its syntax and in windows of 75 tokens. What it can do and this cannot is refused by name where a request
 asks for it, and taken without a word where the field has its neutral value, which clients send with everything. Masks are hard
-and pictures inpainted as a whole: mask_blur and inpaint_full_res, which clients send too, change nothing.
+and pictures inpainted as a whole: mask_blur and inpaint_full_res, which clients send too, change nothing. Whoever interrupts
+gets the pictures of the batches (n_iter) that are finished.
 """
 
 import asyncio
 import base64
-import io
 import json
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 from PIL import ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
-from ldm import images
 from ldm.diffusion.conventions import SPACINGS
-from ldm.output import files
 from ldm.output import receipt as receipts
 from ldm.samplers import find, plain
 from ldm.web import a1111_facts, form
-from ldm.web.images_api import encoded, finished, invalid, submit
-from ldm.web.jobs import DONE, FAILED, RUNNING, WAITING, Job, Jobs
+from ldm.web import a1111_pictures as pictures
+from ldm.web.images_api import encoded, finished, invalid, refused, submit
+from ldm.web.jobs import DONE, FAILED, RUNNING, Job, Jobs
 
 ORIGIN = "sdapi"
 AUTOMATIC = ("", "automatic")  # its schedule that is none
@@ -40,7 +39,16 @@ NEUTRAL: dict[str, tuple] = {
     "firstpass_image": (None, ""),
     "refiner_checkpoint": (None, ""),
 }
-Whole = Annotated[int, Field(ge=1)]
+# Of the pipelines' fields, where theirs have other names.
+NAMES = {
+    "guidance_scale": "cfg_scale",
+    "sampler": "sampler_name",
+    "spacing": "scheduler",
+    "num_images": "n_iter",
+    "image": "init_images",
+    "strength": "denoising_strength",
+}
+FILES_AT_ONCE = 2  # that are unpacked for their texts
 
 
 class Request1111(BaseModel):
@@ -95,45 +103,38 @@ def router(jobs: Jobs, limits: form.Limits) -> APIRouter:
 
 
 def _add_making(routes: APIRouter, jobs: Jobs, limits: form.Limits) -> None:
+    reading = asyncio.Semaphore(FILES_AT_ONCE)
+
     async def made(task: str, asked: Request1111, fields: dict[str, Any], request: Request) -> dict[str, Any]:
         job = submit(jobs, task, fields, ORIGIN)
         await finished(jobs, job, request)
         if job.state == FAILED:
-            raise HTTPException(500, job.error) if job.fault else invalid("prompt", job.error)
+            raise refused(job, NAMES)
         return await asyncio.to_thread(_response, asked, job)
 
     @routes.post("/txt2img")
     async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any]:
         """Text to image."""
-        fields = await _checked(lambda: fields_of(asked, jobs, limits))
+        fields = await _checked(lambda: form.check(fields_of(asked, jobs, limits), jobs.components, limits))
         return await made("txt2img", asked, fields, request)
 
     @routes.post("/img2img")
     async def img2img(asked: Img2Img, request: Request) -> dict[str, Any]:
         """Image to image; with a mask, inpainting."""
 
-        def fields() -> dict[str, Any]:
-            found = fields_of(asked, jobs, limits)
-            image = form.picture(asked.init_images[0], "init_images", limits.most_image_pixels)
-            found |= {"image": image, "strength": asked.denoising_strength}
-            if asked.mask is not None:
-                mask = form.picture(asked.mask, "mask", limits.most_image_pixels)
-                found["mask"] = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask
-            return found
+        def checked() -> dict[str, Any]:
+            fields = fields_of(asked, jobs, limits)
+            return form.check(fields | _sources(asked, limits), jobs.components, limits)
 
-        return await made("img2img" if asked.mask is None else "inpaint", asked, await _checked(fields), request)
+        fields = await _checked(checked)
+        return await made("img2img" if asked.mask is None else "inpaint", asked, fields, request)
 
     @routes.post("/png-info")
     async def png_info(asked: PngInfo) -> dict[str, Any]:
         """What a picture says of how it was made."""
-
-        def read() -> dict[str, Any]:
-            data = form.decoded(asked.image, "image")
-            form.picture_of(data, "image", images.MOST_PIXELS)
-            texts = files.texts(io.BytesIO(data))
-            return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
-
-        return await _checked(read)
+        async with reading:
+            texts = await _checked(lambda: pictures.texts(asked.image, limits))
+        return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
 
 
 async def _checked(make: Any) -> Any:
@@ -141,12 +142,30 @@ async def _checked(make: Any) -> Any:
     try:
         return await asyncio.to_thread(make)
     except form.FieldError as error:
-        raise invalid(error.field, str(error)) from None
+        raise invalid(NAMES.get(error.field, error.field), str(error)) from None
+
+
+def _sources(asked: Img2Img, limits: form.Limits) -> dict[str, Any]:
+    """The picture to start from, and its mask, in the size that is asked for where resize_mode tells how to get there."""
+    if asked.resize_mode == pictures.LATENT:
+        raise form.FieldError("resize_mode", "resize_mode 3 (latent upscale) is not offered here; expected 0, 1 or 2")
+    size = (asked.width, asked.height)
+    image = form.picture(asked.init_images[0], "init_images", limits.most_image_pixels)
+    found = {"image": pictures.resized(image, size, asked.resize_mode), "strength": asked.denoising_strength}
+    if asked.mask is not None:
+        mask = pictures.mask(asked.mask, limits)
+        mask = ImageOps.invert(mask) if asked.inpainting_mask_invert else mask
+        found["mask"] = pictures.resized(mask, size, asked.resize_mode)
+    return found
 
 
 def fields_of(asked: Request1111, jobs: Jobs, limits: form.Limits) -> dict[str, Any]:
-    """The pipeline's keyword arguments. Raises FieldError."""
+    """The pipeline's keyword arguments but for pictures, for `form.check`. Raises FieldError."""
     _check_neutral(asked)
+    try:
+        a1111_facts.check_options(asked.override_settings or {}, jobs.components)
+    except form.FieldError as error:
+        raise form.FieldError("override_settings", str(error)) from None
     count = asked.batch_size * asked.n_iter
     if count > form.MOST_IMAGES:
         raise form.FieldError("n_iter", f"batch_size x n_iter is {count}; expected at most {form.MOST_IMAGES}")
@@ -173,8 +192,7 @@ def fields_of(asked: Request1111, jobs: Jobs, limits: form.Limits) -> dict[str, 
         fields["eta"] = asked.eta
     if limits.adapter_folder is not None:
         fields["adapter_folder"] = str(limits.adapter_folder)
-    fields |= form.sizes(asked.width, asked.height, None, jobs.components, limits)
-    return form.check(fields, limits)
+    return fields | form.sizes(asked.width, asked.height, None, jobs.components, limits)
 
 
 def _is_ddim(spelling: str) -> bool:
@@ -196,8 +214,7 @@ def _check_neutral(asked: Request1111) -> None:
 
 
 def _response(asked: Request1111, job: Job) -> dict[str, Any]:
-    told = asked.model_dump(exclude={"init_images", "mask"})
-    made = job.result.receipts if job.state == DONE else []
+    made = job.result.receipts if job.result else []
     seeds = [receipt["seed"] for receipt in made]
     info = {
         "prompt": asked.prompt,
@@ -215,8 +232,15 @@ def _response(asked: Request1111, job: Job) -> dict[str, Any]:
         "infotexts": [receipts.parameters(receipt) for receipt in made],
         "interrupted": job.state != DONE,
     }
-    pictures = [base64.b64encode(data).decode() for data in encoded(job)] if made and asked.send_images else []
-    return {"images": pictures, "parameters": told, "info": json.dumps(info)}
+    shown = [base64.b64encode(data).decode() for data in encoded(job)] if made and asked.send_images else []
+    return {"images": shown, "parameters": _told(asked), "info": json.dumps(info)}
+
+
+def _told(asked: Request1111) -> dict[str, Any]:
+    """The fields that there are, as asked for: the others, and scripts, which ask for nothing, may hold what JSON cannot carry
+    back. Of settings, only those that there are have been let through."""
+    left_out = {"init_images", "mask", "alwayson_scripts"}
+    return asked.model_dump(include=set(type(asked).model_fields) - left_out) | {"alwayson_scripts": {}}
 
 
 # -- Progress --------------------------------------------------------------------------------------------------------------
@@ -228,31 +252,34 @@ def _add_progress(routes: APIRouter, jobs: Jobs) -> None:
         """Of what is being made now."""
         running = next((job for job in jobs.running if job.state == RUNNING), None)
         waiting = len(jobs.waiting)
+        in_batch = running.steps // running.batches if running else 0
         state = {
             "skipped": False,
             "interrupted": False,
             "job": running.id if running else "",
             "job_count": waiting + (1 if running else 0),
             "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
-            "job_no": 0,
-            "sampling_step": running.step if running else 0,
-            "sampling_steps": running.steps if running else 0,
+            "job_no": running.batch if running else 0,
+            "sampling_step": running.step - running.batch * in_batch if running else 0,
+            "sampling_steps": in_batch,
         }
         found: dict[str, Any] = {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
         if running is not None:
             spent = time.monotonic() - (running.begun or time.monotonic())
-            found["progress"] = running.progress
-            found["eta_relative"] = spent / running.progress - spent if running.progress else 0.0
+            share = running.progress
+            found["progress"], found["eta_relative"] = share, spent / share - spent if share else 0.0
+            found["textinfo"] = running.withheld
             if not skip_current_image:
                 running.watch()
-                found["current_image"] = base64.b64encode(running.preview).decode() if running.preview else None
+                preview = running.preview  # which the end of the job takes away
+                found["current_image"] = None if preview is None else base64.b64encode(preview).decode()
         return found
 
     @routes.post("/interrupt")
     @routes.post("/skip")
     def interrupt() -> dict[str, Any]:
-        """Leave what is being made for clients of this API, and what waits for them."""
-        for job in [*jobs.waiting, *jobs.running]:
-            if job.origin == ORIGIN and job.state in (WAITING, RUNNING):
-                jobs.cancel(job)
+        """Leave what is being made for clients of this API; what is finished of it is theirs."""
+        for job in list(jobs.running):
+            if job.origin == ORIGIN and job.state == RUNNING:
+                jobs.cancel(job, keep=True)
         return {}

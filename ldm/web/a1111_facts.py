@@ -5,11 +5,27 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from ldm.checkpoint import Components
 from ldm.diffusion.conventions import SPACINGS
 from ldm.samplers import all_samplers
 from ldm.web import form
 from ldm.web.images_api import invalid
 from ldm.web.jobs import Jobs
+
+
+def options(components: Components) -> dict[str, Any]:
+    """The settings that there are, all of them fixed."""
+    return {"sd_model_checkpoint": components.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
+
+
+def check_options(asked: dict[str, Any], components: Components) -> None:
+    """Settings may be named with the value that they have. Raises FieldError."""
+    fixed = options(components)
+    for name, value in asked.items():
+        if name not in fixed:
+            raise form.FieldError(name, f"{name[:60]} cannot be set here; leave it out")
+        if value != fixed[name]:
+            raise form.FieldError(name, f"{name} cannot be set here; expected {json.dumps(fixed[name])}, or to leave it out")
 
 
 def add(routes: APIRouter, jobs: Jobs, limits: form.Limits) -> None:
@@ -26,26 +42,23 @@ def add(routes: APIRouter, jobs: Jobs, limits: form.Limits) -> None:
         common = {"aliases": None, "default_rho": -1, "need_inner_model": False}
         return [{"name": name, "label": name.capitalize(), **common} for name in names]
 
-    def title() -> str:
-        return jobs.components.name
-
     @routes.get("/sd-models")
     def models() -> list[dict[str, Any]]:
-        about = {"model_name": title(), "hash": jobs.components.fingerprint, "sha256": None, "filename": "", "config": None}
-        return [{"title": title(), **about}]
+        name, fingerprint = jobs.components.name, jobs.components.fingerprint
+        about = {"model_name": name, "hash": fingerprint, "sha256": None, "filename": "", "config": None}
+        return [{"title": name, **about}]
 
     @routes.get("/options")
-    def options() -> dict[str, Any]:
-        return {"sd_model_checkpoint": title(), "samples_format": "png", "CLIP_stop_at_last_layers": 1}
+    def get_options() -> dict[str, Any]:
+        return options(jobs.components)
 
     @routes.post("/options")
     def set_options(asked: dict[str, Any]) -> None:
         """There is one model, and nothing else to set."""
-        for name, value in asked.items():
-            if options().get(name) != value:
-                raise invalid(
-                    name, f"{name} cannot be set here; expected {json.dumps(options().get(name))}, or to leave it out"
-                )
+        try:
+            check_options(asked, jobs.components)
+        except form.FieldError as error:
+            raise invalid(error.field, str(error)) from None
 
     @routes.get("/loras")
     def loras() -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """/sdapi/v1 as AUTOMATIC1111's clients call it: the PyPI package `webuiapi`, unchanged."""
 
+import base64
 import threading
 import time
 
@@ -10,7 +11,10 @@ import ldm
 
 webuiapi = pytest.importorskip("webuiapi", reason="webuiapi is not installed")
 
+from ldm.web.a1111 import Txt2Img  # noqa: E402
+from ldm.web.jobs import RUNNING, WITHHELD, Job  # noqa: E402
 from tests.web.conftest import PROMPT, running  # noqa: E402
+from tests.web.test_a1111_pictures import encoded  # noqa: E402
 
 SIZE = {"width": 64, "height": 64}
 
@@ -74,6 +78,105 @@ def test_progress_with_a_preview_and_interrupting(bundled):
         thread.join(20)
         assert made and made[0].images == [] and made[0].info["interrupted"]
         assert other.get_progress()["state"]["job_count"] == 0
+
+
+def test_interrupting_ends_what_is_being_made_and_what_is_finished_of_it_comes(bundled):
+    with running(bundled) as server:
+        api = webuiapi.WebUIApi(host="127.0.0.1", port=server.port, sampler="DDIM", steps=30)
+        asked = {"prompt": PROMPT, "seed": 5, "cfg_scale": 3, "eta": 0, **SIZE}
+        made = {}
+
+        def ask(name, **fields):
+            made[name] = api.txt2img(**asked | fields)
+
+        threads = [threading.Thread(target=ask, args=("long",), kwargs={"n_iter": 4})]
+        threads.append(threading.Thread(target=ask, args=("waiting",), kwargs={"steps": 2}))
+        threads[0].start()
+        while not server.jobs.running:
+            time.sleep(0.005)
+        threads[1].start()
+        other = webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
+        seen, deadline = [other.get_progress()], time.monotonic() + 30
+        while (seen[-1]["state"]["job_no"] < 2 or not server.jobs.waiting) and time.monotonic() < deadline:
+            seen.append(other.get_progress())
+            time.sleep(0.01)
+        other.interrupt()
+        for thread in threads:
+            thread.join(30)
+        assert [told["progress"] for told in seen] == sorted(told["progress"] for told in seen)
+        assert seen[-1]["progress"] >= 0.5
+        for told in seen[1:]:
+            state = told["state"]
+            assert 0 <= state["sampling_step"] <= state["sampling_steps"] in (0, 30), state
+        fields = {"steps": 30, "seed": 5, "num_images": 2, "batch_size": 1, "guidance_scale": 3.0, "sampler": "ddim"}
+        expected = ldm.txt2img(bundled, PROMPT, **fields, prompt_syntax="a1111", long_prompt="windows")
+        assert [one.tobytes() for one in made["long"].images] == [one.tobytes() for one in expected.images]
+        assert made["long"].info["interrupted"] and made["long"].info["all_seeds"] == [5, 6]
+        assert made["long"].image.info["parameters"] == made["long"].info["infotexts"][0]
+        assert len(made["waiting"].images) == 1 and not made["waiting"].info["interrupted"]
+
+
+class Ending(Job):
+    """A job that has no preview any more when that has been looked at."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name == "preview":
+            self.__dict__["preview"] = None
+        return value
+
+
+def test_a_preview_that_goes_while_it_is_looked_at_does_no_harm(server, monkeypatch):
+    job = Ending("txt2img", {}, state=RUNNING, preview=b"some PNG")
+    monkeypatch.setattr(server.jobs, "running", [job])
+    answers = [server.client.get("/sdapi/v1/progress") for _ in range(2)]
+    assert [answer.json()["current_image"] for answer in answers] == [base64.b64encode(b"some PNG").decode(), None]
+
+
+def test_where_a_safety_checker_withholds_pictures_progress_says_so_in_the_place_of_a_preview(server, monkeypatch):
+    job = Job("txt2img", {}, state=RUNNING, withheld=WITHHELD)
+    monkeypatch.setattr(server.jobs, "running", [job])
+    told = server.client.get("/sdapi/v1/progress").json()
+    assert told["current_image"] is None and told["textinfo"] == WITHHELD
+
+
+def test_whatever_else_a_request_holds_its_picture_comes(server):
+    deep = "[" * 300 + "]" * 300
+    strange = rf'"foo": "\ud800", "bar": {deep}, "alwayson_scripts": {{"x": {{"args": [], "more": "\ud800"}}}}'
+    body = f'{{"prompt": "a", "steps": 1, "width": 64, "height": 64, "seed": 7, {strange}}}'
+    answer = server.client.post("/sdapi/v1/txt2img", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert len(told["images"]) == 1 and told["parameters"]["seed"] == 7
+    assert set(told["parameters"]) == set(Txt2Img.model_fields) and told["parameters"]["alwayson_scripts"] == {}
+
+
+def test_settings_may_be_named_with_the_value_that_they_have_and_are_refused_otherwise(api, server, bundled):
+    same = {"sd_model_checkpoint": bundled.name, "CLIP_stop_at_last_layers": 1}
+    assert api.txt2img(prompt=PROMPT, override_settings=same, **SIZE).parameters["override_settings"] == same
+    for other in ({"sd_model_checkpoint": "other"}, {"CLIP_stop_at_last_layers": 2}, {"sd_vae": None}):
+        answer = server.client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, **SIZE, "override_settings": other})
+        (detail,) = answer.json()["detail"]
+        assert answer.status_code == 422 and detail["loc"] == ["body", "override_settings"]
+        assert f"{next(iter(other))} cannot be set here" in detail["msg"]
+        assert server.client.post("/sdapi/v1/options", json=other).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"negative_prompt": "a <lora:x:y>"}, "negative_prompt"),
+        ({"mask": encoded(Image.new("L", (64, 64))), "denoising_strength": 0.01}, "denoising_strength"),
+        ({"mask": "AAAA"}, "mask"),
+        ({"sampler_name": "nonsense"}, "sampler_name"),
+        ({"sampler_name": "Euler Karras", "scheduler": "exponential"}, "sampler_name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_refusal_names_their_field(server, fields, field):
+    asked = {"prompt": PROMPT, "init_images": [encoded(Image.new("RGB", (64, 64)))], **SIZE, **fields}
+    refused = server.client.post("/sdapi/v1/img2img", json=asked)
+    assert refused.status_code == 422 and refused.json()["detail"][0]["loc"] == ["body", field], refused.text
 
 
 def test_what_there_is(api, bundled):
