@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PATIENCE = timedelta(minutes=30)  # with a process that says nothing; torchrun itself, and the others, see at once when one dies
+PATIENCE = timedelta(minutes=30)  # with a process in the middle of a step; torchrun, and the others, see at once when one dies
+SHARE = timedelta(days=7)  # with one that has not ended its share of some work: shares take their time, and not the same
 
 
 class LostError(ConnectionError):
@@ -51,8 +52,9 @@ class Processes:
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def wait(self) -> None:
+        """Until all processes have come this far, however long their shares of the work take."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(timeout=SHARE)
 
 
 @contextmanager

@@ -273,3 +273,15 @@ def test_folders_without_pictures_are_refused(duplicates, tmp_path):
 def test_a_sheet_carries_no_receipt(duplicates, tmp_path):
     duplicates("--sheet", tmp_path / "f.png")
     assert files.texts(tmp_path / "f.png") == {}
+
+
+@pytest.mark.parametrize("command", [["duplicates", "--images", "a", "--training", "b"], ["evaluate", "--composition"]])
+def test_work_that_is_not_shared_is_refused_to_many_processes(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="1"):
+        run(command)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run(command) == 1
+    assert "is the work of one process; start it without torchrun" in capsys.readouterr().err

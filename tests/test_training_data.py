@@ -23,7 +23,7 @@ from ldm.processes import Processes
 from ldm.training import shard_index
 from ldm.training.cache import Contexts, Latents
 from ldm.training.data import DataConfig, Folder, Shards, batch_of, keep
-from ldm.training.encode import encode
+from ldm.training.encode import _Maker, encode
 from ldm.training.filters import FilterConfig
 from ldm.training.order import ShardOrder
 from ldm.training.recipe import make
@@ -93,7 +93,7 @@ def together(count, work):
             raised.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    threads = [threading.Thread(target=one, args=(rank,), name=str(rank)) for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -300,20 +300,27 @@ def test_a_broken_shard_is_refused_or_counted_by_name(tmp_path, how):
 
 def test_samples_that_are_not_whole_are_counted_by_name(tmp_path, capsys):
     whole = {"png": picture(1), "txt": "a caption"}
-    samples = {"a": whole, "b": {"png": picture(2)}, "c": {"png": picture(3), "txt": ""}, "d": {"txt": "x"}, "e": whole}
+    samples = {
+        "a": whole,
+        "b": {"png": picture(2)},
+        "c": {"png": picture(3), "txt": ""},
+        "d": {"txt": "x"},
+        "e": whole,
+        "f": {"png": picture(4), "txt": " \n"},
+    }
     path = write_shard(tmp_path / "0.tar", samples)
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("e.txt"))
     data = DataConfig(source=str(path), size=8).open(tmp_path / "cache", ALONE)
     assert data.captions(range(len(data))) == ["a caption"]
     told = json.loads((tmp_path / "cache" / f"drops-{data.identity}.json").read_text())
-    assert told["seen"] == 5 and told["kept"] == 1
+    assert told["seen"] == 6 and told["kept"] == 1
     assert told["dropped"] == {
         "no picture": {"count": 1, "first": ["0.tar: d"]},
-        "no caption": {"count": 2, "first": ["0.tar: b", "0.tar: c"]},
+        "no caption": {"count": 3, "first": ["0.tar: b", "0.tar: c", "0.tar: f"]},
         "a member twice": {"count": 1, "first": ["0.tar: e"]},
     }
-    assert "kept 1 of 5 samples; dropped: 1 no picture (0.tar: d), 2 no caption (0.tar: b, ...)" in capsys.readouterr().err
+    assert "kept 1 of 6 samples; dropped: 1 no picture (0.tar: d), 3 no caption (0.tar: b, ...)" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_read_is_refused_or_counted_by_name(tmp_path):
@@ -579,6 +586,29 @@ def test_a_unet_trained_on_encoded_shards_is_the_one_trained_on_their_pictures(t
     one, other = (tmp_path / name / "model" / "unet.safetensors" for name in ("folder", "shards"))
     assert largest_difference(one, other) == 0
     assert largest_difference(one, tiny_native / "unet.safetensors") > 1e-6
+
+
+def test_the_shards_that_are_left_are_shared_and_nothing_trains_on_them_before(tmp_path, album, small, monkeypatch):
+    out, whole = tmp_path / "out", DataConfig(source=str(album), size=16)
+    encode(whole, small, out, ALONE, samples_per_shard=3)
+    for number in (0, 2, 4, 6):
+        (out / f"{number:05}.tar").unlink()
+    (out / shard_index.ENDED).unlink()
+    with pytest.raises(
+        ValueError, match="`ldm encode` was stopped before it had written all shards; give the same command again"
+    ):
+        DataConfig(source=str(out), size=16).open(tmp_path / "cache", ALONE)
+    made = [[], []]
+
+    make = _Maker.make
+
+    def told(self, file, indices):
+        made[int(threading.current_thread().name)].append(file.name)
+        make(self, file, indices)
+
+    monkeypatch.setattr(_Maker, "make", told)
+    together(2, lambda processes: encode(whole, small, out, processes, samples_per_shard=3))
+    assert list(map(len, made)) == [2, 2] and sorted(made[0] + made[1]) == [f"{n:05}.tar" for n in (0, 2, 4, 6)]
 
 
 def test_encoding_that_was_killed_goes_on_with_two_processes_and_ends_with_the_same_bytes(tmp_path, album, tiny_native):

@@ -3,6 +3,9 @@ of them is killed, another number of them goes on."""
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from ldm.processes import Processes
 from ldm.training.parallel import Together, TreeSum, shares
 from tests import ranks
-from tests.training_runs import RESULT, largest_difference, one_killed, opened, steps_of
+from tests.training_runs import RESULT, ROOT, environment, largest_difference, one_killed, opened, steps_of
 
 LEAVES = ("batch=1", "accumulation=4", "steps=6", "sheet_every=6")
 
@@ -146,6 +149,40 @@ def test_a_sharded_run_that_lost_a_process_goes_on_with_another_number_of_them(w
     assert largest_difference(exact, tmp_path / "run" / RESULT["unet"]) < 1e-5
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000003"]
     assert steps_of(tmp_path / "run" / "metrics.jsonl") == [1, 2, 3]
+
+
+IMPATIENT = """
+import os, time
+from datetime import timedelta
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "FREE", "WORLD_SIZE": "2"}
+import ldm.processes
+ldm.processes.PATIENCE = timedelta(seconds=1)
+child = os.fork()
+os.environ["RANK"] = "1" if child else "0"
+with ldm.processes.joined("cpu") as processes:
+    time.sleep(3 * processes.rank)
+    processes.wait()
+assert not child or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_who_has_a_long_share_of_the_work_is_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        script = IMPATIENT.replace("FREE", str(free.getsockname()[1]))
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_all_processes_refuse_is_said_once(workshop, tmp_path):
+    wrong = ("data.size=60", "batch=3")
+    commands = [workshop.command("autoencoder", tmp_path / "run", setting) for setting in wrong]
+    words = [[word for word in command[command.index("train") :] if word != "--debug"] for command in commands]
+    done = ranks.run(*((2, line) for line in words))
+    assert [(one.status, one.out) for one in done] == [(1, ""), (1, "")]
+    (size,), (batch,) = (one.err.splitlines() for one in done)
+    assert size == "ldm: data.size 60; expected a multiple of 8"
+    assert batch.startswith("ldm: 1 micro-batches of 3 pictures for 2 processes")
+    assert not (tmp_path / "run").exists()
 
 
 def test_sharding_on_one_process_is_refused():

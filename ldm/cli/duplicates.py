@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import options
+from ldm.cli import options, sharing
 
 if TYPE_CHECKING:
     from ldm.evaluation.near_duplicates import Pair, Report
@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from ldm.evaluation.near_duplicates import check
 
+    sharing.alone("ldm duplicates")
     check(args.threshold, args.top, args.baseline)
     options.check_folder(args.json, args.sheet)
 

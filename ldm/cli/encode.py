@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options
+from ldm.cli import options, sharing
 
 
 def add(commands: Any) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     given = {"source": args.data, "size": args.size, "limit": args.limit}
     table = recipe.with_settings({name: value for name, value in given.items() if value is not None}, args.set)
     recipe.make(DataConfig, table, "encode")  # before a model is loaded
-    with joined(args.device) as processes:
+    with joined(args.device) as processes, sharing.one_voice(processes):
         source = args.model or os.environ.get(options.MODEL_VARIABLE) or BUNDLED
         base = ldm.load(source, device=processes.device, safety=False)
         size = base.unet.config.sample_size * base.autoencoder.config.downsampling

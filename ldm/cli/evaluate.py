@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options, pareto, survey
+from ldm.cli import options, pareto, sharing, survey
 
 
 def add(commands: Any) -> None:
@@ -74,6 +74,7 @@ def _refuse(args: argparse.Namespace, of: str, names: tuple[str, ...]) -> None:
 
 
 def _composition(args: argparse.Namespace) -> None:
+    sharing.alone("ldm evaluate --composition")
     asked = scales(args.guidance_scale) if args.guidance_scale is not None else []
     count = 500 if args.count is None else args.count
     if count < 1:
@@ -87,6 +88,7 @@ def _composition(args: argparse.Namespace) -> None:
 
     from ldm.checkpoint import bundled_folder
     from ldm.evaluation import composition
+    from ldm.evaluation.whole_file import write_whole
     from ldm.pipelines.settings import checked
     from ldm.scenes import judge
 
@@ -117,7 +119,7 @@ def _composition(args: argparse.Namespace) -> None:
     print(_table(rows))
     if args.json:
         found = {"model": components.name, "count": count, "seed": args.seed, **chosen, "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def scales(text: str) -> list[float]:

@@ -113,6 +113,7 @@ def clip(args: argparse.Namespace, device: Any, resize: str | None = None) -> An
 
 def _show(report: dict[str, Any], plan: "Plan", args: argparse.Namespace) -> None:
     from ldm.evaluation import plot
+    from ldm.evaluation.whole_file import write_whole
 
     for warning in report["warnings"]:
         options.warn(warning)
@@ -123,7 +124,7 @@ def _show(report: dict[str, Any], plan: "Plan", args: argparse.Namespace) -> Non
     else:
         options.warn(NO_PLOT)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def table(report: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> None:
     with sharing.shared(args, said) as (args, agreement):
         agreement.each(lambda: _check(args, count))
         from ldm.evaluation import plot, survey, survey_plot
+        from ldm.evaluation.whole_file import write_whole
         from ldm.scenes import judge
 
         components = agreement.each(lambda: options.load(args))
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 options.warn(pareto.NO_PLOT)
             if args.json:
-                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                write_whole(args.json, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _check(args: argparse.Namespace, count: int) -> None:

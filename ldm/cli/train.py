@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import options
+from ldm.cli import options, sharing
 
 STAGES = {
     "autoencoder": "a KL autoencoder, on pictures",
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.training import bundled
 
     _check(args)
-    with joined(args.device) as processes:
+    with joined(args.device) as processes, sharing.one_voice(processes):
         if args.stage == "bundled":
             made = bundled.train(args.out, processes, recipe=args.recipe or bundled.RECIPE, quiet=args.quiet)
         else:

@@ -99,7 +99,7 @@ def survey(
         "points": [],
         "axes": {name: [point.name for point in row] for name, row in points.items()},
     }
-    reference = agreement.first(lambda: _reference(components, clip, report))
+    reference = agreement.first(lambda: _reference(components, clip, report, tell))
     agreement.first(lambda: _bounds(components, judge, clip, count, texts, reference, report))
     for point in dict.fromkeys(point for row in points.values() for point in row):
         paths, features = [], []
@@ -127,11 +127,12 @@ def _pictures(
     return bulk.make(components, order, out / point.name / split, agreement, before=before)
 
 
-def _reference(components: Components, clip: ClipInstrument, report: dict[str, Any]) -> Statistics:
+def _reference(components: Components, clip: ClipInstrument, report: dict[str, Any], tell: Tell) -> Statistics:
     """The statistics of renders; beside them, in the report, what the autoencoder makes of renders."""
     features, remade = [], []
     for split in SPLITS:
         for number, scenes in enumerate(_scenes(split, RENDERS // len(SPLITS))):
+            tell("renders to compare with", len(features), RENDERS // PART)
             pixels = render(scenes, _side(components))
             features.append(clip.pictures(images.to_images(pixels.float() / 127.5 - 1)))
             if number < REMADE // len(SPLITS) // PART:

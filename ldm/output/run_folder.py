@@ -15,25 +15,35 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.output.claim import Claim
 from ldm.output.files import NUMBERED
 
 RECORD = "run.json"
 
 
 class RunFolder:
-    """A folder with the pictures of one run and no other."""
+    """A folder with the pictures of one run and no other; in a `with`, which lets go of it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.claim: Claim | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.claim is not None:
+            self.claim.release()
 
     def begin(self, record: Mapping[str, Any], *, seed_given: bool) -> dict[str, Any]:
         """Begin the run that `record` tells of, or go on with it: the record that holds, and its seed, from now on.
 
         One process does this before any other writes. What killed processes left half written is removed. seed_given: where it
-        is not, a run that was begun keeps the seed it has. Raises ValueError, one line, where the folder is of another run.
+        is not, a run that was begun keeps the seed it has. Raises ValueError, one line, where the folder is of another run, or
+        where a run is at work in it.
         """
         now = json.loads(json.dumps(record))
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim = Claim(self.path)
         for name in os.listdir(self.path):
             if name.endswith(".partial") and (name.startswith(".") or name == RECORD + ".partial"):
                 (self.path / name).unlink()

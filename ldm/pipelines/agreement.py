@@ -8,14 +8,12 @@ A refusal is said once, by the first process. The others leave with exit status 
 """
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ldm.processes import LostError, Processes
+from ldm.processes import SHARE, LostError, Processes
 
-PATIENCE = timedelta(days=7)  # with shares of work; torchrun and gloo see when a process dies
 REFUSALS = (ValueError, OSError, ImportError, MemoryError)  # what the command line says in one line
 
 T = TypeVar("T")
@@ -26,7 +24,7 @@ class Agreement:
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if processes.count > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=SHARE) if processes.count > 1 else None
 
     def each(self, act: Callable[[], T]) -> T:
         """What `act` returns in this process, once it has returned in all. Where it is refused in one, all of them end."""

@@ -101,25 +101,26 @@ def make(
 
     Every process calls this with the same order and the same folder, which they share. before: told of each portion that this
     process makes, and how many they are. What it or `after_step` raises ends the run; the same call goes on with it later.
-    Raises ValueError, one line, where the folder is of another run, or where pictures are missing at the end.
+    Raises ValueError, one line, where the folder is of another run, where another run is at work in it, or where pictures are
+    missing at the end.
     """
-    there = RunFolder(folder)
     settings, now = agreement.each(lambda: _recorded(components, order))
-    begun = agreement.first(lambda: there.begin(now, seed_given=order.settings.get("seed") is not None))
-    agreement.each(lambda: _check_same(begun, now))
-    settings = dataclasses.replace(settings, seed=begun["seed"])
-    cut = agreement.each(lambda: portions(order.prompts, settings))
-    names = [name for portion in cut for name in portion.names]
-    missing = set(agreement.first(lambda: there.missing(names, listed=True)))
-    mine = agreement.share([portion for portion in cut if not missing.isdisjoint(portion.indices)])
-    for portion in mine:
-        before(portion, len(mine))
-        own = {**order.settings, "num_images": portion.num_images, "seed": portion.seed}
-        result = TASKS[order.task](components, portion.prompts, **order.fields, **own, after_step=after_step)
-        for i, name, picture, told in zip(portion.indices, portion.names, result.images, result.receipts, strict=True):
-            if i in missing:
-                files.save_as(picture, told, there.path / name)
-    agreement.first(lambda: _check_whole(there, names))
+    with RunFolder(folder) as there:
+        begun = agreement.first(lambda: there.begin(now, seed_given=order.settings.get("seed") is not None))
+        agreement.each(lambda: _check_same(begun, now))
+        settings = dataclasses.replace(settings, seed=begun["seed"])
+        cut = agreement.each(lambda: portions(order.prompts, settings))
+        names = [name for portion in cut for name in portion.names]
+        missing = set(agreement.first(lambda: there.missing(names, listed=True)))
+        mine = agreement.share([portion for portion in cut if not missing.isdisjoint(portion.indices)])
+        for portion in mine:
+            before(portion, len(mine))
+            own = {**order.settings, "num_images": portion.num_images, "seed": portion.seed}
+            result = TASKS[order.task](components, portion.prompts, **order.fields, **own, after_step=after_step)
+            for i, name, picture, told in zip(portion.indices, portion.names, result.images, result.receipts, strict=True):
+                if i in missing:
+                    files.save_as(picture, told, there.path / name)
+        agreement.first(lambda: _check_whole(there, names))
     return [there.path / name for name in names]
 
 

@@ -7,10 +7,11 @@ on many machines, both are made once before (Rombach et al. 2022, arXiv:2112.107
     00000.tar          samples in the order of the data: moments (2, c, h, w) of the picture's posterior and states (n, d) of
                        the caption, float16; the caption; and what was known of the sample. `__encoding__/` says what made them
     00000.json         how many of its samples could not be read
-    drops.json         what was dropped in all, and why
+    drops.json         what was dropped in all, and why: written when all shards are there
 
-Shard i is made by process i modulo their number, of samples that depend on i alone. It has a temporary name until it is whole,
-and one that is there is kept: what was killed goes on when the same command is given again, on any number of processes.
+The processes share the shards that are not there yet; of which samples a shard is depends on its number alone. It has a
+temporary name until it is whole, and one that is there is kept: what was killed goes on when the same command is given again,
+on any number of processes. Nothing trains on a folder that is not whole.
 """
 
 import io
@@ -29,15 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoint import Components
+from ldm.output.claim import Claim
 from ldm.output.receipt import fingerprint
 from ldm.processes import Processes
 from ldm.training.cache import PIXELS_AT_ONCE, moments, states, tokenizer_fingerprint
 from ldm.training.data import DataConfig, Folder, Shards
 from ldm.training.filters import Drops
 from ldm.training.keeping import PORTION
-from ldm.training.shard_index import EMPTY, SETTINGS, Encoding, webdataset
-
-ABOUT, DROPS = "encoding.json", "drops.json"
+from ldm.training.shard_index import BEGUN, EMPTY, ENDED, SETTINGS, Encoding, webdataset
 
 
 def encode(
@@ -51,11 +51,12 @@ def encode(
 ) -> Drops:
     """Write the shards of the data to the folder `out`, those that are not there yet; returns what was dropped in all.
 
-    base: gives tokenizer, text encoder and autoencoder. Raises ValueError, one line, where the data cannot be used, or `out`
-    holds something else.
+    base: gives tokenizer, text encoder and autoencoder. Raises ValueError, one line, where the data cannot be used, `out` holds
+    something else, or another run is at work in it.
     """
     webdataset()
     _check(config, base, out, samples_per_shard)
+    claim = Claim(out) if processes.leads else None
     data = config.open(out / "data", processes, quiet=True)
     if data.encoding:
         raise ValueError(f"{config.source}: is encoded already; encode the pictures that it was made of")
@@ -71,7 +72,9 @@ def encode(
     shards = range(-(-len(data) // samples_per_shard))
     width = max(len(str(len(shards) - 1)), 5)
     files = [out / f"{i:0{width}}.tar" for i in shards]
-    mine = [i for i in shards[processes.rank :: processes.count] if not files[i].exists()]
+    left = [i for i in shards if not files[i].exists()]
+    processes.wait()  # until all have seen the same
+    mine = left[processes.rank :: processes.count]
     for i in tqdm(mine, desc=out.name, unit="shard", disable=True if quiet or not processes.leads else None):
         first = i * samples_per_shard
         maker.make(files[i], range(first, min(first + samples_per_shard, len(data))))
@@ -82,7 +85,9 @@ def encode(
         for name in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["unreadable"]:
             drops.add("unreadable picture", name)
     if processes.leads:
-        _write(out / DROPS, drops.to_json())
+        _write(out / ENDED, drops.to_json())
+    if claim:
+        claim.release()
     return drops
 
 
@@ -92,7 +97,7 @@ def _check(config: DataConfig, base: Components, out: Path, samples_per_shard: i
         raise ValueError("scenes are drawn, not read; name a folder of pictures with captions, or shards")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; expected a folder to write shards to")
-    if next(out.glob("*.tar"), None) and not (out / ABOUT).exists():
+    if next(out.glob("*.tar"), None) and not (out / BEGUN).exists():
         raise ValueError(f"{out}: holds shards that were not made here; name another folder")
     if samples_per_shard < 1:
         raise ValueError(f"samples per shard {samples_per_shard}; expected 1 or more")
@@ -103,10 +108,10 @@ def _check(config: DataConfig, base: Components, out: Path, samples_per_shard: i
 
 def _begin(out: Path, settings: Mapping[str, Any], processes: Processes) -> None:
     """Say what the folder holds, or see that it is what is about to be added. Raises ValueError where it is not."""
-    if processes.leads and not (out / ABOUT).exists():
-        _write(out / ABOUT, settings)
+    if processes.leads and not (out / BEGUN).exists():
+        _write(out / BEGUN, settings)
     processes.wait()
-    before = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+    before = json.loads((out / BEGUN).read_text(encoding="utf-8"))
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         was = ", ".join(f"{name.replace('_', ' ')} {before.get(name)} and not {settings[name]}" for name in changed)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.output.claim import Claim
 from ldm.processes import Processes
 from ldm.training import sharded
 
@@ -50,9 +51,13 @@ class Ledger:
         self.sharded = recipe.parallel == "fsdp"
         self.quiet = quiet or not processes.leads
         self.step, self.spent = 0, 0.0
+        self.claim: Claim | None = None
 
     def resume(self, **parts: Any) -> None:
-        """Give the parts the state that `save` wrote last, if it ever did. Raises ValueError where the recipe is another."""
+        """Give the parts the state that `save` wrote last, if it ever did. Raises ValueError where the recipe is another, or
+        where another run is at work in the folder."""
+        if self.processes.leads:
+            self.claim = Claim(self.folder)
         path = self.folder / CHECKPOINT
         whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
         state = whole or sharded.latest(self.folder)
@@ -125,6 +130,7 @@ class Ledger:
 
     def close(self) -> None:
         self.bar.close()
+        self.claim = None
 
     def _forget_after(self, step: int) -> None:
         """Drop what was logged after the checkpoint that is resumed; it will be logged again."""

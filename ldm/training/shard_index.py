@@ -32,6 +32,7 @@ ENCODING = "__encoding__"  # a name that webdataset passes over
 SETTINGS, EMPTY = f"{ENCODING}/settings.json", f"{ENCODING}/empty.npy"
 BLOCK = 512  # bytes that a tar file is measured in
 LISTS = (".txt", ".json")
+BEGUN, ENDED = "encoding.json", "drops.json"  # of a folder that `ldm encode` writes
 
 
 class BrokenShardError(ValueError):
@@ -150,7 +151,7 @@ def _reason(file: BinaryIO, name: str, sample: dict[int, Span], filters: FilterC
     """Why a sample is dropped, if it is."""
     if (MOMENTS not in sample or STATES not in sample) if encoded else (PICTURE not in sample):
         return "no picture"
-    if not sample.get(TEXT, (0, 0))[1] and not encoded:
+    if not encoded and not read_span(file, sample.get(TEXT, (0, 0))).strip():
         return "no caption"
 
     def picture() -> io.BytesIO:
@@ -208,6 +209,8 @@ def shards_of(source: str) -> list[Path] | None:
     some, relative to itself. None where it names something else. Raises ValueError for those that are not there."""
     path = Path(source)
     if path.is_dir():
+        if (path / BEGUN).exists() and not (path / ENDED).exists():
+            raise ValueError(f"{path}: `ldm encode` was stopped before it had written all shards; give the same command again")
         return sorted(path.glob("*.tar")) or None
     if path.suffix in LISTS and path.is_file():
         names = [str(path.parent / name) for name in _listed(path)]
