@@ -25,10 +25,10 @@ def test_the_bundled_models_record_is_the_same_function(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": seconds, "loss": 1.0}) + "\n")
         (tmp_path / name / "recipe.json").write_text("{}")
     power = PowerRecipe(kilowatts=3.0, kg_per_kwh=0.5)
-    log = bundled.log({name: tmp_path / name for name in ("judge", "unet")}, {}, power)
-    assert log["emissions"] == {"hours": 2.0, "kilowatts": 3.0, "kg_per_kwh": 0.5, "kg": emissions(2.0, power).kg} and (
-        log["emissions"]["kg"] == 3.0
-    )
+    for count in (1, 8):  # of processes, a GPU each
+        log = bundled.log({name: tmp_path / name for name in ("judge", "unet")}, {}, power, count)
+        kg = emissions(2.0 * count, power).kg
+        assert log["emissions"] == {"hours": 2.0 * count, "kilowatts": 3.0, "kg_per_kwh": 0.5, "kg": kg} and kg == 3.0 * count
 
 
 @pytest.mark.parametrize("hours", [-1.0, math.nan, math.inf])

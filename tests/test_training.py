@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import random
 import signal
 
@@ -17,7 +18,8 @@ from ldm.cli import run
 from ldm.diffusion.schedule import ScheduleConfig, alpha_bar
 from ldm.models.unet import UNet, UNetConfig
 from ldm.processes import Processes, generator
-from ldm.training import autoencoder, clip, denoising, recipe, unet
+from ldm.scenes.judge import Judge
+from ldm.training import autoencoder, clip, denoising, judge, recipe, unet
 from ldm.training.data import DataConfig, Folder, Scenes, batch_of, drawn, keep
 from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig, _matrix
 from tests.training_runs import RECIPE, RESULT, killed, largest_difference, opened, steps_of
@@ -116,6 +118,33 @@ def test_resuming_with_another_recipe_is_refused(workshop, tmp_path, capsys):
     assert "holds a run with batch x accumulation 4 and not 8" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_resuming_with_other_data_or_other_networks_is_refused(workshop, tmp_path, capsys):
+    words = ["train", "unet", "--out", tmp_path / "run", "--device", "cpu", "-q", "--recipe", workshop.folder / "recipe.toml"]
+
+    def refusal(text_encoder, *settings):
+        models = ("--autoencoder", workshop.folder / "autoencoder" / "model", "--text-encoder", text_encoder)
+        status = run([str(word) for word in (*words, *models, "--set", "steps=2", *settings)])
+        return capsys.readouterr().err.splitlines()[-1] if status else ""
+
+    own = workshop.folder / "clip" / "model"
+    other = workshop.train("clip", tmp_path / "clip", "seed=1", "steps=2").parent
+    assert refusal(own) == ""
+    assert "holds a run with base " in refusal(other)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(name)
+    words[3] = tmp_path / "photo run"
+    words += ["--data", photos]
+    assert refusal(own) == refusal(own) == ""
+    os.utime(photos / "a.png")  # as a copy of the folder has it: the same samples
+    assert refusal(own) == ""
+    Image.new("RGB", (64, 64)).save(photos / "c.png")
+    (photos / "c.txt").write_text("c")
+    assert "holds a run with samples 2 pictures, " in refusal(own)
+
+
 @pytest.mark.parametrize(
     ("stage", "settings", "complaint"),
     [
@@ -175,6 +204,8 @@ def test_bundled_training_goes_from_nothing_to_a_model(tmp_path):
     assert log["seconds"] > 0 and log["gate"]["psnr"] > 1
     assert log["emissions"]["kg"] == pytest.approx(log["seconds"] / 3600 * 0.25 * 0.30, rel=0.01)
 
+    assert log["machine"]["processes"] == 1
+
     before = {file.name: file.read_bytes() for file in made.iterdir() if file.suffix == ".safetensors"}
     assert run(command) == 0  # all stages are there already
     assert {file.name: file.read_bytes() for file in made.iterdir() if file.suffix == ".safetensors"} == before
@@ -224,7 +255,7 @@ def test_the_unets_loss_is_the_weighted_error_of_what_it_predicts(prediction, mi
             wanted, weight = noise[i], min(snr, min_snr) / snr if min_snr else 1.0
         else:
             wanted = math.sqrt(kept) * noise[i] - math.sqrt(1 - kept) * x0[i]
-            weight = (min(snr, min_snr) if min_snr else snr) / (snr + 1)
+            weight = min(snr, min_snr) / (snr + 1) if min_snr else 1.0
         expected += weight * (answer[i] - wanted).square().mean().item() / 3
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -241,6 +272,19 @@ def test_one_caption_in_ten_is_dropped_and_every_timestep_is_drawn():
         assert torch.equal(getattr(some, name), getattr(again, name)[20:30])  # a row's are its own, whoever asks
     assert torch.equal(again.noise, draws[7].noise) and not torch.equal(draws[6].noise, draws[7].noise)
     assert abs(torch.corrcoef(torch.stack([again.noise.flatten(), again.posterior.flatten()]))[0, 1]) < 0.03
+
+
+def test_what_the_judge_drops_is_a_rows_own():
+    """So that it does not depend on how processes divide a batch among them."""
+    made = judge.JudgeRecipe()
+    all_rows, some = (judge.Draws(made, 3, rows) for rows in (slice(0, 8), slice(5, 7)))
+    for name in ("mirrored", "brightness", "blur", "noise", "grain", "kept"):
+        assert torch.equal(getattr(some, name), getattr(all_rows, name)[5:7])
+    assert all_rows.kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert all_rows.kept.mean() == pytest.approx(1, abs=0.05)
+    model, pictures = Judge().train(), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    first, again, dropped = (model(pictures, kept)[0] for kept in (None, None, some.kept))
+    assert torch.equal(first, again) and not torch.equal(first, dropped)
 
 
 def test_a_new_unet_predicts_nothing_and_learns_everywhere():
@@ -473,6 +517,22 @@ def test_a_folder_without_captions_is_refused(tmp_path):
         Folder(tmp_path, 16)
     with pytest.raises(ValueError, match="there is no such folder"):
         Folder(tmp_path / "none", 16)
+
+
+def test_blank_text_is_no_caption(tmp_path):
+    for name, text in (("a", "a cube"), ("b", ""), ("c", " \n")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = Folder(tmp_path, 16)
+    assert data.captions(range(len(data))) == ["a cube"] and "2 no caption" in data.drops.summary()
+    rows = [
+        {"file_name": "a.png", "text": " a cube "},
+        {"file_name": "b.png", "text": " "},
+        {"file_name": "c.png", "text": None},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Folder(tmp_path, 16)
+    assert data.captions(range(len(data))) == ["a cube"] and "2 no caption" in data.drops.summary()
 
 
 def test_a_folder_of_ones_own_is_trained_on(workshop, album, tmp_path_factory):

@@ -49,7 +49,10 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures (b, 3, h, w) in [-1, 1] -> logits of layouts (b, 11), colours (b, 3, 8) and shapes (b, 3, 4)."""
+    """Pictures (b, 3, h, w) in [-1, 1] -> logits of layouts (b, 11), colours (b, 3, 8) and shapes (b, 3, 4).
+
+    kept: (b, hidden), in training: 0 for what is dropped out, and what the rest is multiplied by.
+    """
 
     def __init__(self, config: JudgeConfig = JudgeConfig()):
         super().__init__()
@@ -63,15 +66,15 @@ class Judge(nn.Module):
         self.sizes = (len(LAYOUTS), MOST * len(COLOURS), MOST * len(SHAPES))
         self.heads = nn.Linear(config.hidden, sum(self.sizes))
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pictures: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         x = pictures
         if x.shape[-2:] != (SIZE, SIZE):
             x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
         for block in self.blocks:
             x = block(x)
         x = self.squeeze(F.silu(self.norm(x)))
-        x = self.hidden(x.flatten(1))
-        x = self.heads(F.dropout(F.silu(x), self.config.dropout, self.training))
+        x = F.silu(self.hidden(x.flatten(1)))
+        x = self.heads(x if kept is None else x * kept)
         layouts, colours, shapes = x.float().split(self.sizes, dim=1)
         return layouts, colours.unflatten(1, (MOST, -1)), shapes.unflatten(1, (MOST, -1))
 

@@ -68,7 +68,7 @@ def train(
     together = Together(loss, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
-    ledger = Ledger(folder, recipe, processes, quiet=quiet)
+    ledger = Ledger(folder, recipe, processes, given={"samples": data.listing}, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
 
     batch = recipe.batch * recipe.accumulation

@@ -91,7 +91,7 @@ def train(folder: Path, processes: Processes, *, recipe: Path = RECIPE, quiet: b
         vocabulary = model_folder.read_vocabulary(stages["clip"] / "model")
         model_folder.write(done, modules, schedule=painting.schedule, vocabulary=vocabulary, sampling=sampling, dtype="float16")
         (done / "judge.safetensors").write_bytes((stages["judge"] / "judge.safetensors").read_bytes())
-        write(done / "training.json", json.dumps(log(stages, figures, power), indent=1) + "\n")
+        write(done / "training.json", json.dumps(log(stages, figures, power, processes.count), indent=1) + "\n")
     return done
 
 
@@ -119,10 +119,12 @@ def gate(recipe: GateRecipe, model: Path, judge_file: Path, size: int, processes
     return figures
 
 
-def log(stages: Mapping[str, Path], figures: Mapping[str, float], power: PowerRecipe) -> dict[str, Any]:
-    """The run's record: what was asked for, what came out, on what machine and in what time."""
+def log(stages: Mapping[str, Path], figures: Mapping[str, float], power: PowerRecipe, count: int) -> dict[str, Any]:
+    """The run's record: what was asked for, what came out, on what machine and in what time. count: of processes, each of which
+    draws the power of one."""
+    machine = {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "processes": count}
     found: dict[str, Any] = {
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": machine,
         "gate": dict(figures),
         "stages": {},
     }
@@ -131,7 +133,7 @@ def log(stages: Mapping[str, Path], figures: Mapping[str, float], power: PowerRe
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
         found["stages"][name] = {"recipe": recipe, "seconds": lines[-1]["seconds"], "curve": _thinned(lines)}
     found["seconds"] = sum(stage["seconds"] for stage in found["stages"].values())
-    hours = found["seconds"] / 3600
+    hours = count * found["seconds"] / 3600
     kg = emissions(hours, power).kg
     found["emissions"] = {"hours": round(hours, 2), **dataclasses.asdict(power), "kg": float(f"{kg:.3g}")}
     return found

@@ -107,7 +107,7 @@ def train(recipe: CLIPRecipe, folder: Path, processes: Processes, *, cache: Path
     together = Together(model, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
-    ledger = Ledger(folder, recipe, processes, quiet=quiet)
+    ledger = Ledger(folder, recipe, processes, given={"samples": data.listing}, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
 
     for step in range(ledger.step, recipe.steps):

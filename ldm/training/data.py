@@ -2,8 +2,8 @@
 
 All are used alike: `len(data)`, `data.images(indices)` -> uint8 (b, 3, size, size), `data.captions(indices)` -> texts, and
 `data.batch(seed, step, batch)`, the indices that a step sees: a fresh order for every pass, and a function of the step alone.
-`data.identity` names the data in files made of it. `data.encoding` is None, but where shards hold what frozen networks made
-of the pictures in their stead (`ldm encode`).
+`data.identity` names the data in files made of it, `data.listing` the samples that a resumed run must find again.
+`data.encoding` is None, but where shards hold what frozen networks made of the pictures in their stead (`ldm encode`).
 """
 
 import json
@@ -103,6 +103,11 @@ class Scenes:
     def identity(self) -> str:
         """What names this data, and no other, in files made of it."""
         return f"scenes-{self.split}-{self.seed}-{self.count}"
+
+    @property
+    def listing(self) -> str:
+        """What a run that is resumed must find again: which samples there are, in which order."""
+        return self.identity
 
     def __len__(self) -> int:
         return self.count

@@ -25,7 +25,7 @@ class DenoisingLoss(nn.Module):
     """x0 (b, c, h, w), t (b,), noise as x0, context (b, n, d) -> the mean of the weighted squared errors.
 
     min_snr: where timesteps' weights by signal-to-noise ratio are cut off (Hang et al. 2023, arXiv:2303.09556, section 3.4); 0
-    weighs all alike.
+    weighs all errors of what the model predicts alike.
     """
 
     def __init__(self, model: UNet, schedule: ScheduleConfig, min_snr: float):
@@ -34,8 +34,10 @@ class DenoisingLoss(nn.Module):
         remaining = alpha_bar(schedule)
         self.v_prediction = schedule.prediction == "v_prediction"
         snr = remaining / (1 - remaining)
-        weight = snr.clamp(max=min_snr) if min_snr else snr
-        weight = weight / (snr + 1) if self.v_prediction else weight / snr  # of an error of v, of eps
+        cut = snr.clamp(max=min_snr)
+        weight = cut / (snr + 1) if self.v_prediction else cut / snr  # of an error of v, of eps
+        if not min_snr:
+            weight = torch.ones_like(snr)
         for name, table in (("signal", remaining.sqrt()), ("noise_std", (1 - remaining).sqrt()), ("weight", weight)):
             self.register_buffer(name, table.float().to(model.conv_in.weight.device), persistent=False)
 

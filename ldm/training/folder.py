@@ -52,6 +52,12 @@ class Folder:
             digest.update(json.dumps([os.path.relpath(path, self.folder), about.st_size, about.st_mtime_ns, caption]).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def listing(self) -> str:
+        """What a run that is resumed must find again: a hash of names and captions, in their order."""
+        names = [(os.path.relpath(path, self.folder), caption) for path, caption in self.items]
+        return f"{len(names)} pictures, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -105,7 +111,7 @@ class Folder:
         self._about: dict[Path, dict[str, Any]] = {}
         found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
         texts = [(path, path.with_suffix(".txt")) for path in found]
-        return [(path, text.read_text(encoding="utf-8").strip() if text.exists() else None) for path, text in texts]
+        return [(path, _caption(text.read_text(encoding="utf-8")) if text.exists() else None) for path, text in texts]
 
     def _from_table(self, table: Path) -> list[tuple[Path, str | None]]:
         self._about, items = {}, []
@@ -114,13 +120,18 @@ class Folder:
                 continue
             try:
                 row = json.loads(line)
-                items.append((self.folder / row["file_name"], None if row["text"] is None else str(row["text"])))
+                items.append((self.folder / row["file_name"], None if row["text"] is None else _caption(str(row["text"]))))
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f'{table}, line {number}: expected {{"file_name": ..., "text": ...}}') from None
             if not items[-1][0].is_file():
                 raise ValueError(f"{table}, line {number}: there is no picture {items[-1][0].name}")
             self._about[items[-1][0]] = {key: value for key, value in row.items() if key not in ("file_name", "text")}
         return items
+
+
+def _caption(text: str) -> str | None:
+    """Blank says nothing: that is no caption, and not the empty one."""
+    return text.strip() or None
 
 
 def _beside(path: Path) -> dict[str, Any]:

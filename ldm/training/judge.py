@@ -23,7 +23,6 @@ from ldm.training.optimiser import MovingAverage, Optimiser, OptimiserConfig
 from ldm.training.parallel import Together, shares
 
 DISTURBANCE = 3  # purpose of the random numbers that disturb the pictures
-DROPOUT = 7  # of those that choose what is dropped out
 SEED = 900  # of the scenes, apart from those that models are trained on
 UNSEEN = 901  # of those that it is tested on
 
@@ -69,7 +68,7 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
     together = Together(model, recipe.parallel, processes, shared)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
-    ledger = Ledger(folder, recipe, processes, quiet=quiet)
+    ledger = Ledger(folder, recipe, processes, given={"samples": data.listing}, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
 
     batch = recipe.batch * recipe.accumulation
@@ -84,9 +83,8 @@ def train(recipe: JudgeRecipe, folder: Path, processes: Processes, *, cache: Pat
                 torch.where(turned.view(-1, *[1] * (a.ndim - 1)), b[indices[rows]], a[indices[rows]]).to(processes.device)
                 for a, b in zip(answers, mirrored_answers, strict=True)
             ]
-            torch.manual_seed(generator(recipe.seed, step, DROPOUT, rows.start).initial_seed())
             with processes.precision(recipe.dtype):
-                loss = loss_of(together.loss_of(pictures), right)
+                loss = loss_of(together.loss_of(pictures, draws.kept.to(processes.device)), right)
             together.backward(loss, loss=loss)
         means = together.finish()
         optimiser.step(step)
@@ -117,7 +115,8 @@ def loss_of(logits: tuple[Tensor, ...], answers: list[Tensor]) -> Tensor:
 
 
 class Draws:
-    """The random numbers of some rows of one step's batch: which pictures are mirrored, and how each is disturbed."""
+    """The random numbers of some rows of one step's batch: which pictures are mirrored, how each is disturbed, and what of the
+    network is dropped out."""
 
     def __init__(self, recipe: JudgeRecipe, step: int, rows: slice):
         sources = [generator(recipe.seed, step, DISTURBANCE, row) for row in range(rows.start, rows.stop)]
@@ -127,6 +126,8 @@ class Draws:
         self.blur = recipe.blur * (2 * blur - 1).clamp(min=0)  # half of the pictures stay sharp,
         self.noise = recipe.noise * (2 * noise - 1).clamp(min=0)  # and half of them clean
         self.grain = torch.stack([torch.randn(3, SIZE, SIZE, generator=source) for source in sources])
+        chances = torch.stack([torch.rand(recipe.model.hidden, generator=source) for source in sources])
+        self.kept = (chances >= recipe.model.dropout) / (1 - recipe.model.dropout)
 
     def disturb(self, pictures: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) in [-1, 1], those of the rows."""

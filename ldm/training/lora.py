@@ -46,7 +46,7 @@ class LoRARecipe:
 
     A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share, `parallel` "exact" or
     "ddp" (see `parallel.py`). `layers`: attention, transformer or all; of the UNet, and with `text_encoder` of the text
-    encoder. `dropout`: the share of empty captions. `min_snr` 0 weighs all timesteps alike. The learning rate is kept after a
+    encoder. `dropout`: the share of empty captions. `min_snr` 0 weighs all errors alike. The learning rate is kept after a
     warm-up of 50 steps, and the result is not averaged over steps, unless `optimiser` says so.
     """
 
@@ -95,7 +95,7 @@ def train(recipe: LoRARecipe, base: Components, out: Path, processes: Processes,
     optimiser = Optimiser(factors, recipe.optimiser, recipe.steps)
     average = MovingAverage(factors, recipe.optimiser.ema)
     modules = {"text_encoder": base.text_encoder, "unet": base.unet, "autoencoder": base.autoencoder}
-    ledger = Ledger(folder, recipe, processes, given={"model": fingerprint(modules)}, quiet=quiet)
+    ledger = Ledger(folder, recipe, processes, given={"model": fingerprint(modules), "samples": data.listing}, quiet=quiet)
     ledger.resume(factors=factors, optimiser=optimiser, average=average)
 
     batch = recipe.batch * recipe.accumulation

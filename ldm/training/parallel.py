@@ -63,15 +63,17 @@ class Together:
         averaged = 1 if way == "exact" else processes.count  # what torch's ways divide by themselves
         self.share = averaged / (len(rows) * processes.count)  # of one micro-batch in the mean
         self.sum = TreeSum()
+        self.views: list[tuple[nn.Parameter, Tensor]] = []  # into DDP's buckets: elsewhere there would be two of each gradient
 
     def parts(self) -> Iterator[slice]:
-        """The rows of this process's micro-batches, one after the other; torch's ways add up after the last."""
+        """The rows of this process's micro-batches, one after the other. DDP adds up over the processes after the last, FSDP
+        after each, for what is not added up yet would be whole on every one of them."""
+        for parameter, view in self.views:
+            parameter.grad = view.zero_()
         for number, rows in enumerate(self.rows, 1):
             last = number == len(self.rows)
             if self.way == "ddp" and self.processes.count > 1:
                 self.loss.require_backward_grad_sync = last
-            elif self.way == "fsdp":
-                self.loss.set_requires_gradient_sync(last)
             yield rows
 
     def backward(self, loss: Tensor, /, **figures: Tensor) -> None:
@@ -87,6 +89,8 @@ class Together:
         across([told, *gradients], self.processes)
         for parameter, gradient in zip(self.given, gradients, strict=True) if self.way == "exact" else ():
             parameter.grad = gradient
+        if self.way == "ddp" and self.processes.count > 1:
+            self.views = [(p, p.grad) for p in self.loss.parameters() if p.grad is not None]
         means = told / (len(self.rows) * self.processes.count)
         return dict(zip(self.names, means.tolist(), strict=True))
 

@@ -68,6 +68,12 @@ class Shards:
             raise ValueError(f"{where}: encoded at {self.encoding.size} pixels; expected data.size {size}, or set it to that")
         self.where, self.order = where, ShardOrder(counts, window)
 
+    @property
+    def listing(self) -> str:
+        """What a run that is resumed must find again: how many samples there are, and a hash of which shard has how many."""
+        about = json.dumps([[path.name for path in self.paths], [int(count) for count in self.order.counts]])
+        return f"{len(self)} samples, {hashlib.sha256(about.encode()).hexdigest()[:16]}"
+
     def __len__(self) -> int:
         return self.order.total
 

@@ -21,6 +21,7 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.unet_blocks import ResidualBlock, SpatialTransformer
+from ldm.output.receipt import fingerprint
 from ldm.processes import Processes
 from ldm.text.tokenizer import Tokenizer
 from ldm.training import model_folder
@@ -38,7 +39,7 @@ SHEET_SCALE = 4.0
 @dataclass(frozen=True, kw_only=True)
 class UNetRecipe:
     """A run's every setting. A step is of `batch` pictures in each of `accumulation` micro-batches, which all processes share,
-    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `min_snr` 0 weighs all timesteps alike. `dropout`: the share of
+    `parallel` "exact", "ddp" or "fsdp" (see `parallel.py`). `min_snr` 0 weighs all errors alike. `dropout`: the share of
     empty captions. `checkpointing`: compute blocks twice rather than keep what is inside them for the backward pass.
     """
 
@@ -74,6 +75,11 @@ class Base:
         for module in (self.text_encoder, self.autoencoder):
             module.requires_grad_(False).eval()
 
+    def fingerprint(self) -> str:
+        """Of all weights: a run goes on with the networks that it was begun with."""
+        modules = {"text_encoder": self.text_encoder, "autoencoder": self.autoencoder, "unet": self.unet}
+        return fingerprint({name: module for name, module in modules.items() if module is not None})
+
 
 def train(
     recipe: UNetRecipe, base: Base, folder: Path, processes: Processes, *, cache: Path | None = None, quiet: bool = False
@@ -100,7 +106,7 @@ def train(
     together = Together(loss, recipe.parallel, processes, shared, compiled=recipe.compile)
     optimiser = Optimiser(model, recipe.optimiser, recipe.steps)
     average = MovingAverage(model, recipe.optimiser.ema)
-    ledger = Ledger(folder, recipe, processes, quiet=quiet)
+    ledger = Ledger(folder, recipe, processes, given={"base": base.fingerprint(), "samples": data.listing}, quiet=quiet)
     ledger.resume(model=model, optimiser=optimiser, average=average)
 
     batch = recipe.batch * recipe.accumulation
