@@ -9,18 +9,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.routing import Mount
 
 MOST = 20  # details that are told of one request
 LONGEST = 1000  # letters of a text in one
 
 
 def add(app: FastAPI) -> None:
-    """To an application, and to those that are mounted in it."""
+    """So that its own routes answer thus. What is mounted in it has its own refusals, as the page has."""
     app.add_exception_handler(RequestValidationError, _refuse)
-    for route in app.routes:
-        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
-            add(route.app)
 
 
 async def _refuse(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-from importlib.util import find_spec
 
 import pytest
 
 from ldm.web import refusals
 from ldm.web.images_api import invalid
-from tests.web.conftest import PROMPT, running
+from tests.web.conftest import PROMPT
 
 JSON = {"Content-Type": "application/json"}
 MAKING = ("/v1/images", "/sdapi/v1/txt2img")
@@ -52,11 +51,3 @@ def test_what_was_sent_is_not_sent_back(server):
     assert len(details(answer)) == refusals.MOST
     nested = "[" * 200 + "]" * 200
     details(server.client.post("/v1/images", content=f'{{"prompt": {nested}}}', headers=JSON))
-
-
-@pytest.mark.skipif(not find_spec("gradio"), reason="gradio is not installed")
-def test_what_the_page_sends_is_refused_likewise(bundled):
-    with running(bundled, page=True) as server:
-        bodies = (json.dumps({"data": [], "fn_index": float("inf")}), r'{"data": [], "session_hash": 1, "\ud800": "\ud800"}')
-        for body in (*bodies, r'{"data": "\ud800"}'):
-            details(server.client.post("/gradio_api/queue/join", content=body, headers=JSON))
