@@ -8,6 +8,7 @@ pytest.importorskip("gradio")
 
 from ldm.web import page
 from ldm.web.form import FieldError
+from ldm.web.job import Job
 
 FIELDS = {
     "prompt": "a red cube",
@@ -80,3 +81,11 @@ def test_what_is_wrong_is_told_with_its_field(changed, field, message):
     with pytest.raises(FieldError, match=message) as raised:
         asked(**changed)
     assert raised.value.field == field
+
+
+def test_a_view_without_pictures_says_why():
+    withheld = Job("txt2img", {}, views=("denoising",), withheld="nothing is shown, since <it> is checked")
+    assert page._view(withheld, "denoising") == '<p class="ldm-hint">nothing is shown, since &lt;it&gt; is checked</p>'
+    for job in (withheld, Job("txt2img", {})):
+        assert page._view(job, "attention") == f'<p class="ldm-hint">{page.ATTENTION}. Tick it under Views.</p>'
+    assert page._view(Job("txt2img", {}, withheld="no"), "denoising").endswith("Tick it under Views.</p>")

@@ -152,8 +152,7 @@ class Page:
         finally:
             self.jobs.cancel(job)  # of whoever has left; of one that is over nothing comes
         if job.state == DONE:
-            views_made = (pictures.strip(job, kind) or _hint(about) for kind, about in VIEWS.items())
-            yield "", _line("done", "done"), "", pictures.gallery(job), *views_made
+            yield "", _line("done", "done"), "", pictures.gallery(job), *(_view(job, kind) for kind in VIEWS)
         else:
             yield "", _line(job.error if job.state == FAILED else "cancelled", "refused"), "", keep, keep, keep
 
@@ -236,6 +235,13 @@ def _loras(names: list[str], coefficients: str) -> list[dict[str, Any]]:
 
 def _line(text: str, kind: str) -> str:
     return f'<p class="ldm-{kind}">{html.escape(text)}</p>'
+
+
+def _view(job: Job, kind: str) -> str:
+    """A view's pictures, or why there are none."""
+    if kind == "denoising" and kind in job.views and job.withheld is not None:
+        return _line(job.withheld, "hint")
+    return pictures.strip(job, kind) or _hint(VIEWS[kind])
 
 
 def _hint(about: str) -> str:
