@@ -18,7 +18,7 @@ from ldm.fast.winograd import Winograd
 WIDE = (torch.float32, torch.float64)
 # Where Winograd's transforms cost less than what they save. In C: of so many pixels.
 WINOGRAD_IN_C = 256
-HALF_OUTPUTS, HALF_INPUTS = 512, 1280  # in bfloat16, whose products a direct one has at twice the rate: to so many, of so many
+HALF_OUTPUTS = 256  # in bfloat16, whose products a direct one has at twice the rate: to so many channels
 # In torch: not with fewer channels, of fewer pixels, or of less work.
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
@@ -42,7 +42,7 @@ def convolution(conv: nn.Conv2d, plan: Plan, pixels: int) -> nn.Module:
     if plan.winograd == "none" or conv.weight.device.type != "cpu" or conv.stride != (1, 1) or conv.padding != (1, 1):
         return Direct(conv, plan.dtype)
     if plan.kernels and native.convolves(conv, plan.dtype):
-        quick = plan.dtype == torch.float32 or (conv.out_channels >= HALF_OUTPUTS and conv.in_channels <= HALF_INPUTS)
+        quick = plan.dtype == torch.float32 or conv.out_channels >= HALF_OUTPUTS
         pays = pixels >= WINOGRAD_IN_C and quick
     elif plan.dtype not in WIDE:
         pays = False
