@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ldm
 from ldm import images
@@ -10,7 +11,7 @@ from ldm.checkpoint import REQUIRED
 from ldm.fast.accelerate import accelerate
 from ldm.fast.deep_cache import CachedUNet
 from ldm.fast.plan import Plan
-from ldm.fast.token_merging import MOST, Merging
+from ldm.fast.token_merging import MOST, Merging, multiplied, scattered
 from ldm.fast.unet import FastUNet
 from tests import seeded
 from tests.measure import relative_error
@@ -100,6 +101,32 @@ def test_tokens_are_merged_as_the_paper_says(height, width, share):
                 torch.testing.assert_close(back[b, i], mean)
         for i in set(others) - set(chosen):
             assert torch.equal(back[b, i], x[b, i])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (5, 1), (2, 2), (3, 8), (8, 3), (6, 6), (7, 9)])
+def test_what_merges_into_what_is_known_without_asking_a_device(height, width):
+    """Nothing has a shape that depends on numbers, which a GPU would have to tell, and a CUDA graph cannot."""
+    n = height * width
+    others = torch.ones(height, width, dtype=torch.bool)
+    others[::2, ::2] = False
+    alike = torch.tensor([1.0, 0.0]).expand(2, n, 2)  # so that their order is that of the map
+    merging = Merging(alike, height, 0.0)
+    assert torch.equal(merging.destinations, torch.arange(n).view(height, width)[~others])
+    assert torch.equal(merging.kept, torch.arange(n).view(height, width)[others].expand(2, -1))
+    with FakeTensorMode():
+        tokens = torch.empty(2, n, 5)
+        merging = Merging(tokens, height, 0.5)
+        assert merging.unmerge(merging.merge(tokens)).shape == tokens.shape
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-14), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+def test_means_by_a_product_are_means(dtype, error):
+    """Of rows whose sum float16 would not hold, too."""
+    own, merged = (1000 + seeded.tensor(name, 2, rows, 7).to(dtype) for name, rows in (("own", 6), ("merged", 300)))
+    into = torch.arange(300).remainder(4).where(torch.arange(300) > 250, 0).repeat(2, 1)  # nothing goes into the last two
+    found = multiplied(own, merged, into)
+    assert found.dtype == dtype and relative_error(found, scattered(own.double(), merged.double(), into)) < error
+    assert torch.equal(found[:, 4:], own[:, 4:])
 
 
 def test_merging_is_of_the_largest_maps_and_of_nothing_where_it_is_none(tiny):

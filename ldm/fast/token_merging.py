@@ -2,8 +2,8 @@
 arXiv:2303.17604.
 
 Of every 2x2 pixels one is a destination. Those of the others that are most like a destination are averaged into it before
-queries, keys and values are computed, and get its result. Only the order of similarities chooses them, so a picture made again
-is the same picture; the paper draws its destinations, ours are the first of their four.
+queries, keys and values are computed, and get its result. Only the order of similarities chooses them, and sums have one order,
+so a picture made again is the same picture; the paper draws its destinations, ours are the first of their four.
 """
 
 import torch
@@ -20,9 +20,9 @@ class Merging:
         """share: of the tokens that are merged into others, 0 to MOST."""
         n = tokens.shape[1]
         numbers = torch.arange(n, device=tokens.device).view(height, -1)
-        others = torch.ones_like(numbers, dtype=torch.bool)
-        others[::2, ::2] = False
-        self.destinations, sources = numbers[~others], numbers[others]
+        self.destinations = numbers[::2, ::2].flatten()
+        # Not by a mask, whose count a GPU would have to tell: a CUDA graph cannot be captured of that.
+        sources = torch.cat([numbers[::2, 1::2].flatten(), numbers[1::2].flatten()]).sort().values
         directions = F.normalize(tokens, dim=-1)
         likeness = directions[:, sources] @ directions[:, self.destinations].mT
         most, nearest = likeness.max(dim=-1)
@@ -33,8 +33,8 @@ class Merging:
 
     def merge(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, m, c): those that were kept, and the destinations, each the mean of what is merged into it."""
-        into, merged = _rows(self.into, x), x.gather(1, _rows(self.merged, x))
-        means = x[:, self.destinations].scatter_reduce(1, into, merged, reduce="mean", include_self=True)
+        merged = x.gather(1, _rows(self.merged, x))
+        means = (scattered if x.device.type == "cpu" else multiplied)(x[:, self.destinations], merged, self.into)
         return torch.cat([x.gather(1, _rows(self.kept, x)), means], dim=1)
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -45,6 +45,19 @@ class Merging:
         out[:, self.destinations] = shared
         out.scatter_(1, _rows(self.kept, y), own)
         return out.scatter_(1, _rows(self.merged, y), shared.gather(1, _rows(self.into, y)))
+
+
+def scattered(own: Tensor, merged: Tensor, into: Tensor) -> Tensor:
+    """The mean of each row of own (b, m, c) and those of merged (b, k, c) that go into it: into (b, k), places in own."""
+    return own.scatter_reduce(1, _rows(into, own), merged, reduce="mean", include_self=True)
+
+
+def multiplied(own: Tensor, merged: Tensor, into: Tensor) -> Tensor:
+    """The same as a matrix product, which a GPU sums in one order and in float32: it would scatter as its threads come, in the
+    type of the rows."""
+    to = into[:, None] == torch.arange(own.shape[1], device=own.device)[:, None]  # (b, m, k)
+    share = (1 / (1 + to.sum(dim=-1, keepdim=True, dtype=torch.float64))).to(own)
+    return torch.baddbmm(own * share, to * share, merged)
 
 
 def _rows(index: Tensor, x: Tensor) -> Tensor:
