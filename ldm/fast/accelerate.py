@@ -48,7 +48,7 @@ def accelerate(
     winograd: on a CPU, convolutions in a quarter of the multiplications: "auto" where that is quicker and takes no more memory,
         "all" where it is quicker, which without a C compiler takes twice the memory, or "none".
     keep_pages: on a CPU, have the whole process keep the memory that it frees; see `ldm.fast.memory.keep_pages`.
-    kernels: on a GPU, GroupNorm and SiLU in Triton, where that is installed, and the quickest attention for each shape; on a
+    kernels: on a GPU, GroupNorm and SiLU in Triton, where that works, and the quickest attention for each shape; on a
         CPU, attention and convolutions in C, where there is a compiler for it (`compiling.py`).
     graph: on a GPU, capture the guided network once for each shape and replay it; see `ldm/fast/graph.py`.
     compile: on a GPU, the UNet by torch's compiler in place of our kernels. The first call takes minutes.

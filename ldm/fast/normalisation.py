@@ -3,7 +3,9 @@
 Wu & He 2018, "Group Normalization", arXiv:1803.08494. Ba et al. 2016, "Layer Normalization", arXiv:1607.06450.
 """
 
-import importlib.util
+import functools
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +19,35 @@ WIDE = (torch.float32, torch.float64)
 BAND = 1 << 19  # elements whose squares are summed at a time: what stays in a core's cache
 
 
+@functools.cache
+def in_triton(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """`kernels.group_norm_silu` where Triton is installed and can compile for the device, which is tried: it needs a C compiler
+    and Python's headers too."""
+    try:
+        from ldm.fast.kernels import group_norm_silu
+
+        x, (weight, bias) = torch.ones(1, 2, 4, 4, dtype=dtype, device=device), torch.ones(2, 2, dtype=dtype, device=device)
+        group_norm_silu(x, 1, weight, bias, 1e-5)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # the compiler's, the driver's, Triton's own: they have no class in common
+        reason = " ".join(str(error).split())[:160]
+        warnings.warn(f"Triton cannot compile for {device} ({reason}); GroupNorm is torch's, which is slower", stacklevel=2)
+        return None
+    return group_norm_silu
+
+
 class GroupNorm(nn.Module):
     """silu(group_norm(x)), or without SiLU: (b, c, h, w) -> (b, c, h, w), channels_last. With it on a GPU in Triton, where that
-    is installed; on a CPU in C, where there is a compiler."""
+    works; on a CPU in C, where there is a compiler."""
 
     def __init__(self, norm: nn.GroupNorm, plan: Plan, *, silu: bool = True):
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight, self.bias = (tensor.detach().to(plan.dtype) for tensor in (norm.weight, norm.bias))
-        self.kernel, self.native = None, False
         on_gpu = self.weight.is_cuda and plan.dtype != torch.float64
-        if silu and plan.kernels and on_gpu and importlib.util.find_spec("triton"):
-            from ldm.fast.kernels import group_norm_silu
-
-            self.kernel = group_norm_silu
+        self.kernel = in_triton(self.weight.device, plan.dtype) if silu and plan.kernels and on_gpu else None
+        self.native = False
         if plan.kernels and self.weight.device.type == "cpu" and native.normalises(norm.num_channels, plan.dtype):
             self.native, self.wide = True, (norm.weight.detach().float(), norm.bias.detach().float())
 
