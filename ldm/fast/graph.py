@@ -6,6 +6,7 @@ timestep (its embedding is part of the graph), and, when the prompt is another, 
 does between two calls is a dozen small kernels on numbers that it has on the host; none of them waits for the device.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,16 +21,19 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture a function of tensors that stay where they are: what replays it, and where its result then is."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
+    """Capture a function of tensors that stay where they are, on the current device: what replays it, and where its result
+    then is."""
+    before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        before.wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the device of its first capture
+            out = function()
+    finally:
+        torch.cuda.set_stream(before)  # torch leaves the other one current, on which all fails, where a capture has failed
     return graph.replay, out
 
 
@@ -57,13 +61,15 @@ class Capture:
 class GraphedUNet(nn.Module):
     """A `FastUNet` whose calls are replayed, with the same seams. For use without gradients.
 
-    The lists that `project_context` returns must not be changed; other contexts are another list.
+    A shape that cannot be captured is computed kernel by kernel, with a warning. The lists that `project_context` returns must
+    not be changed; other contexts are another list.
     """
 
     def __init__(self, unet: FastUNet, record: Record = record):
         super().__init__()
         self.unet, self.config, self.conv_in, self.record = unet, unet.config, unet.conv_in, record
         self.captures: dict[tuple, Capture] = {}
+        self.refused: set[tuple] = set()
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         return self.denoise(x, self.embed_time(t), self.project_context(context))
@@ -79,11 +85,30 @@ class GraphedUNet(nn.Module):
         return self.unet.project_context(context)
 
     def denoise(self, x: Tensor, times: Tensor, contexts: Sequence[KeysValues]) -> Tensor:
+        with torch.cuda.device_of(x):  # which streams and graphs are of
+            capture = self._captured(x, times, contexts)
+            if capture is None:
+                return self.unet.denoise(x, self.unet.embed_time(times), contexts)
+            return capture(x, times, contexts)
+
+    def _captured(self, x: Tensor, times: Tensor, contexts: Sequence[KeysValues]) -> Capture | None:
+        """The graph for these shapes, captured where there is none yet; None where that cannot be."""
         key = (tuple(x.shape), tuple(times.shape), tuple(contexts[0][0].shape))
+        if key in self.refused:
+            return None
         capture = self.captures.pop(key, None)
         if capture is None:
             while len(self.captures) >= CAPTURES:  # the one that was used longest ago
                 del self.captures[next(iter(self.captures))]
-            capture = Capture(self.unet, x, times, contexts, self.record)
+            try:
+                capture = Capture(self.unet, x, times, contexts, self.record)
+            except RuntimeError as error:
+                self.refused.add(key)
+                warnings.warn(f"no CUDA graph of x {list(x.shape)} ({_line(error)}); slower without", stacklevel=2)
+                return None
         self.captures[key] = capture
-        return capture(x, times, contexts)
+        return capture
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
