@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm
 from ldm.diffusion.conventions import CONVENTIONS
@@ -19,6 +21,7 @@ from ldm.pipelines import autoencoding
 from ldm.pipelines import inpaint as inpainting
 from ldm.pipelines.draws import Draws
 from ldm.pipelines.habits import HABITS
+from ldm.pipelines.run import Run
 from ldm.pipelines.settings import Settings, checked
 from ldm.samplers import all_samplers
 from tests import seeded
@@ -232,6 +235,38 @@ def test_the_size_is_the_models_own_where_none_is_asked_for(model):
     unet = StandIn(by_context)
     result = ldm.txt2img(dataclasses.replace(model, unet=unet), PROMPT, steps=1, seed=0, decode=False)
     assert result.latents.shape == (1, 4, 64, 64) and result.receipts[0]["width"] == 512 and result.images == []
+
+
+def test_a_draw_that_is_only_spent_goes_to_no_device(model, monkeypatch):
+    placed, place = [], Run.place
+    monkeypatch.setattr(Run, "place", lambda self, x: placed.append(x) or place(self, x))
+    ldm.txt2img(model, PROMPT, convention="compvis", sampler="ddim", decode=False, **{**SMALL, "steps": 4})
+    assert len(placed) == 1  # what it begins with
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(2, 4, 3, 5), lambda: torch.randn(2, 3, 5, 4).movedim(3, 1)])
+@pytest.mark.parametrize(("weights", "dtype"), [(torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_to_a_gpu_noise_goes_by_pinned_memory(weights, dtype, make):
+    """The copy from it returns at once. As it goes, it keeps the layout that a copy without would have had."""
+    pinned, copies = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is torch.ops.aten.empty_like.default:
+                pinned.append(kwargs.pop("pin_memory"))
+            if function is torch.ops.aten._to_copy.default:
+                copies.append((args[0].dtype, kwargs["non_blocking"]))
+            return function(*args, **kwargs)
+
+    with FakeTensorMode():
+        weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=weights)
+        run = SimpleNamespace(components=SimpleNamespace(unet=SimpleNamespace(conv_in=SimpleNamespace(weight=weight))))
+        x = make()
+        with torch.inference_mode(False), Watch():
+            found = Run.place(run, x)
+        assert found.device == weight.device and found.dtype == dtype and found.stride() == x.stride()
+    assert pinned == [True] and copies == [(dtype, True)]
 
 
 def test_noise_given_takes_the_place_of_noise_drawn(model):

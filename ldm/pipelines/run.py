@@ -86,7 +86,11 @@ class Run:
         """Noise, pixels or latents on the UNet's device, in the type they have between its calls: float32, or float64 with
         such a UNet."""
         weight = self.components.unet.conv_in.weight
-        return x.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if x.device.type != "cpu" or not weight.is_cuda:
+            return x.to(weight.device, dtype)
+        pinned = torch.empty_like(x, dtype=dtype, pin_memory=True).copy_(x)  # which a GPU fetches while the host goes on
+        return pinned.to(weight.device, non_blocking=True)
 
     def sample(
         self,
@@ -101,8 +105,8 @@ class Run:
         """Walk the grid from x (b, c, h, w) with the guided model. widen: see `guided`. wrap: what to put around the model."""
         settings = self.settings
 
-        def noise() -> Tensor:
-            return self.place(batch.draws.noise(self.latent_shape))
+        def draw() -> Tensor:
+            return batch.draws.noise(self.latent_shape)
 
         predicts_v = self.components.schedule.prediction == "v_prediction"
         scale = settings.guidance_scale if self.habits.guide_below_1 else max(settings.guidance_scale, 1.0)
@@ -116,9 +120,10 @@ class Run:
             v_levels=levels_of(grid) if predicts_v else None,
         )
         if self.habits.step_draws and not self.sampler.STOCHASTIC and settings.eta == 0:
-            model = _spending(model, noise)
+            model = _spending(model, draw)
         options = {"eta": settings.eta} if settings.eta > 0 else {}
-        return self.sampler.sample(wrap(model), x, grid, noise=noise, after_step=_answering(after_step), **options)
+        hook = _answering(after_step)
+        return self.sampler.sample(wrap(model), x, grid, noise=lambda: self.place(draw()), after_step=hook, **options)
 
 
 def prepare(
@@ -200,12 +205,12 @@ def _answering(after_step: AfterStep) -> AfterStep:
     return hook
 
 
-def _spending(model: Model, noise: Callable[[], Tensor]) -> Model:
+def _spending(model: Model, draw: Callable[[], Tensor]) -> Model:
     """The model, with a draw spent at each call, as CompVis's samplers do."""
 
     def asked(x: Tensor, t: float) -> Tensor:
         eps = model(x, t)
-        noise()
+        draw()
         return eps
 
     return asked
