@@ -2,10 +2,13 @@
 
 Stable Diffusion v1's sizes with random weights, 512 x 512, guidance on, float16. A call is one guided step; times are CUDA
 events', median and 90th percentile, at batches of 1, 4 and 16 pictures. `picture` is text to image at batch 1: 50 DDIM steps
-with decoding and without a safety checker, from the call to the picture in the host's memory.
+with decoding and without a safety checker, from the call to the picture in the host's memory. `peak GB` is what tensors took at
+the most once the model was loaded, `reserved GB` with what the allocator held beside them. Nothing is in float32, but what
+would be is said: whether convolutions and products may round to TF32, which is as torch has it.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -61,6 +64,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; for a CPU: python -m benchmarks.speed")
     torch.set_grad_enabled(False)
+    may = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
+    print("TF32 in float32's " + ", ".join(f"{kind}: {'yes' if allowed else 'no'}" for kind, allowed in may.items()))
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or make_model(Path(temporary))
@@ -68,15 +73,17 @@ def main() -> None:
             found[name] = measured(LADDER[name](folder, "float16", "cuda"), options.steps)
             print(f"{name:<40}" + "".join(f"{key} {value:.2f}  " for key, value in found[name].items()), flush=True)
             if options.json:
-                about = {"device": torch.cuda.get_device_name(), "machine": machine(), "steps": options.steps}
+                about = {"device": torch.cuda.get_device_name(), "machine": machine(), "steps": options.steps, "tf32": may}
                 options.json.write_text(json.dumps({**about, "milliseconds": found}, indent=2) + "\n")
 
 
 def measured(contender, steps: int) -> dict[str, float]:
-    """Milliseconds of everything, and GB of the device's memory at the highest."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    """Milliseconds of everything, and GB of the device's memory at the highest, without what loading and earlier rungs took."""
+    torch._dynamo.reset()  # which holds on to what it compiled
+    let_go()
     contender.load()
+    let_go()
+    torch.cuda.reset_peak_memory_stats()
     contender.prepare()
     found = {}
     for batch in BATCHES:
@@ -91,7 +98,14 @@ def measured(contender, steps: int) -> dict[str, float]:
         start = time.perf_counter()
         contender.picture(steps)
         seconds.append(time.perf_counter() - start)
-    return {**found, "picture": 1000 * statistics.median(seconds), "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+    peaks = {"peak GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9}
+    return {**found, "picture": 1000 * statistics.median(seconds), **peaks}
+
+
+def let_go() -> None:
+    """Of the device's memory that nothing needs any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def events(name: str, call: Callable[[], object], count: int = 30) -> dict[str, float]:
