@@ -29,8 +29,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _inference(request):
-    """No gradients; and one thread, which is quicker for tiny tensors, but where a test is marked slow."""
+    """No gradients; one thread, which is quicker for tiny tensors, but where a test is marked slow; and float32 that is float32
+    in a GPU's convolutions too."""
     torch.set_num_threads(os.cpu_count() if "slow" in request.keywords else 1)
+    torch.backends.cudnn.allow_tf32 = False
     with torch.inference_mode():
         yield
 

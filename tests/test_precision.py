@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.numerics.precision import KINDS, Inputs, Variant, report, variants
+from ldm.numerics.precision import KINDS, Inputs, Variant, report, tf32, variants
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,22 @@ def test_a_part_that_computes_in_less_is_the_worst(load):
     found = [one for one in report(load, inputs, chosen=[Variant("x", torch.float32, around)]) if one.kind == "unet"]
     assert found[0].worst.key.name == "unet.middle.residual_1.conv1" and found[0].worst.relative > 1e-4
     assert sorted(row.relative for row in found[0].added)[-2] < 1e-6
+
+
+def test_float32_is_not_tf32_unless_a_variant_says_so(load):
+    """On a GPU torch rounds convolutions' factors to TF32 unless it is told not to."""
+    may = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)  # noqa: E731
+    seen, before = [], may()
+    hook = load(torch.float32).unet.register_forward_hook(lambda *_: seen.append(may()))
+    chosen = [Variant("float32", torch.float32), Variant("float32, TF32", torch.float32, functools.partial(tf32, True))]
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        for _ in report(load, inputs, chosen=chosen):
+            assert may() == (before[0], True)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[1]
+        hook.remove()
+    assert seen == 2 * [(False, False)] + 2 * [(True, True)]
 
 
 def test_every_kernel_of_attention_and_every_type_is_a_variant():

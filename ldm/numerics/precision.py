@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def variants(device: torch.device) -> list[Variant]:
                 name = f"{_named(dtype)}, attention {backend.name.lower().removesuffix('_attention')}"
                 found.append(Variant(name, dtype, lambda backend=backend: sdpa_kernel(backend)))
     if device.type == "cuda":
-        found.append(Variant("float32, TF32", torch.float32, _tf32))
+        found.append(Variant("float32, TF32", torch.float32, partial(tf32, True)))
     found += [Variant("bfloat16", torch.bfloat16), Variant("float16", torch.float16)]
     return sorted(found, key=lambda variant: ["float32", "bfloat16", "float16"].index(variant.name.split(",")[0]))
 
@@ -104,9 +105,10 @@ def _works(backend: SDPBackend, dtype: torch.dtype, device: torch.device) -> boo
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round float32's factors to TF32. torch has it do so in convolutions, unless told not to."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
@@ -173,7 +175,7 @@ def _reports(
             continue
         rows: dict[bool, list[Difference]] = {False: [], True: []}
         for replacing, found in rows.items():
-            with around(), forcing(modules[kind], kind, truth, STAGES[kind], found, 0.0, replacing=replacing):
+            with tf32(False), around(), forcing(modules[kind], kind, truth, STAGES[kind], found, 0.0, replacing=replacing):
                 _run(kind, modules[kind], inputs, context)
         yield Report(name, kind, rows[False], rows[True])
 
