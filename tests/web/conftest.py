@@ -39,7 +39,7 @@ def running(components, **options) -> Iterator[Running]:
     listener = socket.create_server((asked.host, 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     found = Running(server, listener.getsockname()[1])

@@ -66,7 +66,7 @@ def test_progress_with_a_preview_and_interrupting(bundled):
         thread = threading.Thread(target=lambda: made.append(api.txt2img(prompt=PROMPT, batch_size=4, **SIZE)))
         thread.start()
         other = webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
-        seen, picture, deadline = [], None, time.monotonic() + 30
+        seen, picture, deadline = [], None, time.monotonic() + 90
         while (len(set(seen)) < 4 or picture is None) and time.monotonic() < deadline:
             told = other.get_progress()
             seen.append(told["progress"])
@@ -96,7 +96,7 @@ def test_interrupting_ends_what_is_being_made_and_what_is_finished_of_it_comes(b
             time.sleep(0.005)
         threads[1].start()
         other = webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
-        seen, deadline = [other.get_progress()], time.monotonic() + 30
+        seen, deadline = [other.get_progress()], time.monotonic() + 90
         while (seen[-1]["state"]["job_no"] < 2 or not server.jobs.waiting) and time.monotonic() < deadline:
             seen.append(other.get_progress())
             time.sleep(0.01)

@@ -180,7 +180,7 @@ def test_slow_clients_are_let_go_and_hold_up_nobody(bundled, monkeypatch):
         assert server.client.post("/v1/images", json=ASKED).status_code == 200
         time.sleep(1.5)
         for wire in wires:
-            wire.settimeout(5)
+            wire.settimeout(20)
             answer = wire.recv(1000)
             assert answer == b"" or b" 408 " in answer
             wire.close()
@@ -196,19 +196,19 @@ def told(wire: socket.socket) -> bytes:
 
 def test_a_request_s_time_begins_again_on_a_connection_that_is_kept(bundled, monkeypatch):
     """Whoever says half of the second one is let go, though now and then another letter comes."""
-    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 1.0)
     with running(bundled) as server, socket.create_connection(("127.0.0.1", server.port)) as wire:
-        wire.settimeout(5)
+        wire.settimeout(20)
         head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
         wire.sendall(head + b"\r\n")
         assert b" 200 " in told(wire)
         wire.sendall(b"POST /v1/form HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
-        time.sleep(0.8)  # the head was there in time; the body has a time of its own
+        time.sleep(1.5)  # the head was there in time; the body has a time of its own
         wire.sendall(b"}")
         assert b" 405 " in told(wire)
         wire.sendall(head)
         wire.settimeout(0.1)
-        answer, deadline = None, time.monotonic() + 5  # uvicorn's own patience would be 10
+        answer, deadline = None, time.monotonic() + 8  # uvicorn's own patience would be 10
         while answer is None and time.monotonic() < deadline:
             try:
                 answer = wire.recv(1000)
@@ -224,7 +224,7 @@ def unread(server, length: bytes) -> socket.socket:
     server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     wire = socket.socket()
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    wire.settimeout(5)
+    wire.settimeout(20)
     wire.connect(("127.0.0.1", server.port))
     wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: " + length + b"\r\n\r\n")
     return wire
@@ -238,7 +238,7 @@ def count(server) -> int:
 def test_whoever_does_not_take_an_answer_is_cut_off(bundled, monkeypatch, connection):
     monkeypatch.setattr(serving, "TAKE_SECONDS", 0.4)
     with running(bundled) as server, unread(server, connection):
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not count(server) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert count(server) == 1
@@ -248,13 +248,13 @@ def test_whoever_does_not_take_an_answer_is_cut_off(bundled, monkeypatch, connec
 
 
 def test_whoever_takes_an_answer_slowly_gets_it_whole(bundled, monkeypatch):
-    monkeypatch.setattr(serving, "TAKE_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "TAKE_SECONDS", 1.5)
     with running(bundled) as server, unread(server, b"close") as wire:
         answer, start = b"", time.monotonic()
-        while part := wire.recv(1500):
+        while part := wire.recv(1000):
             answer += part
-            time.sleep(0.06)
-        assert time.monotonic() - start > 0.5
+            time.sleep(0.1)
+        assert time.monotonic() - start > 1.5
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["info"]["title"] == "ldm"
 
 
@@ -278,7 +278,7 @@ def test_a_picture_that_unpacks_to_much_is_refused_by_its_header(server):
     refused = server.client.post("/v1/images", json=ASKED | {"image": data})
     assert refused.status_code == 422 and "9000 x 9000 pixels; expected at most" in refused.json()["detail"][0]["msg"]
     refused = server.client.post("/sdapi/v1/img2img", json={"prompt": PROMPT, "init_images": [data], "steps": 1})
-    assert refused.status_code == 422 and time.monotonic() - start < 5
+    assert refused.status_code == 422 and time.monotonic() - start < 20
     assert server.client.post("/sdapi/v1/png-info", json={"image": data}).status_code == 422
 
 

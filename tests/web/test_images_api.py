@@ -183,7 +183,7 @@ def test_a_job_is_watched_previewed_and_cancelled(server):
     begun = server.client.post("/v1/images", params={"wait": False}, json=asked)
     assert begun.status_code == 202
     path = f"/v1/jobs/{begun.json()['id']}"
-    seen, preview, deadline = set(), None, time.monotonic() + 30
+    seen, preview, deadline = set(), None, time.monotonic() + 90
     while (len(seen) < 4 or preview is None) and time.monotonic() < deadline:
         state = server.client.get(path).json()
         assert state["state"] in ("waiting", "running") and 0 <= state["progress"] < 1

@@ -145,8 +145,8 @@ def test_progress_and_a_preview_while_it_is_made_and_cancel(page, server):
     fill(page, "width", 128)
     fill(page, "height", 128)
     make(page)
-    expect(told(page)).to_contain_text(re.compile(rf"step \d+ of {LONG}"), timeout=30_000)
-    expect(page.locator("#preview img")).to_be_visible(timeout=30_000)
+    expect(told(page)).to_contain_text(re.compile(rf"step \d+ of {LONG}"), timeout=90_000)
+    expect(page.locator("#preview img")).to_be_visible(timeout=90_000)
     assert 0 < float(page.locator("#told progress").get_attribute("value")) < 1
     page.locator("#stop").click()
     expect(told(page)).to_have_text("cancelled")
@@ -234,7 +234,7 @@ def test_whoever_leaves_gives_up_the_place(page, server):
     fill(page, "width", 128)
     fill(page, "height", 128)
     make(page)
-    expect(told(page)).to_contain_text("step", timeout=30_000)
+    expect(told(page)).to_contain_text("step", timeout=90_000)
     page.goto("about:blank")
     deadline = time.monotonic() + 30
     while (server.jobs.totals["cancelled"] == before or server.jobs.running) and time.monotonic() < deadline:
@@ -246,7 +246,7 @@ def test_whoever_leaves_while_waiting_gives_up_the_place(page, server, busy, mon
     monkeypatch.setattr("ldm.web.page.UNHEARD", float("inf"))  # it is gradio that notices
     before = server.jobs.totals["cancelled"]
     make(page)
-    expect(told(page)).to_have_text("waiting for 1 before it", timeout=30_000)
+    expect(told(page)).to_have_text("waiting for 1 before it", timeout=90_000)
     page.close()
     deadline = time.monotonic() + 15
     while server.jobs.waiting and time.monotonic() < deadline:
@@ -256,7 +256,7 @@ def test_whoever_leaves_while_waiting_gives_up_the_place(page, server, busy, mon
 
 def test_a_job_that_waits_is_cancelled_by_its_button(page, server, busy):
     make(page)
-    expect(told(page)).to_have_text("waiting for 1 before it", timeout=30_000)
+    expect(told(page)).to_have_text("waiting for 1 before it", timeout=90_000)
     time.sleep(1.5)  # it is told again and again how it stands, and stays what it is
     expect(told(page)).to_have_text("waiting for 1 before it")
     page.locator("#stop").click()

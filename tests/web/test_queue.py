@@ -76,7 +76,7 @@ def test_what_waits_and_is_alike_goes_together_up_to_the_bound(jobs, monkeypatch
     assert [jobs.position(job) for job in alike[:2]] == [1, 2]
     jobs.cancel(first)
     for job in (*alike, different, from_image):
-        assert job.over.wait(30) and job.state == queue.DONE, job.error
+        assert job.over.wait(120) and job.state == queue.DONE, job.error
     assert sizes == [4]
     for i, job in enumerate(alike):
         assert job.result.receipts[0]["seed"] == i
@@ -90,7 +90,7 @@ def test_one_that_is_refused_spoils_nothing_for_those_it_went_with(jobs):
     good = [jobs.submit("txt2img", request(seed=i)) for i in range(2)]
     bad = jobs.submit("txt2img", request(prompt="(", prompt_syntax="plain", seed=2**64))
     jobs.cancel(first)
-    assert all(job.over.wait(30) for job in (*good, bad))
+    assert all(job.over.wait(120) for job in (*good, bad))
     assert [job.state for job in (*good, bad)] == [queue.DONE, queue.DONE, queue.FAILED]
     assert "seed" in bad.error and not bad.fault
 
@@ -101,28 +101,30 @@ def test_a_fault_of_ours_is_told_apart_and_the_queue_goes_on(jobs, monkeypatch):
 
     monkeypatch.setitem(runs.PIPELINES, "txt2img", broken)
     job = jobs.submit("txt2img", request())
-    assert job.over.wait(10) and job.state == queue.FAILED and job.fault and "secret" not in job.error
+    assert job.over.wait(120) and job.state == queue.FAILED and job.fault and "secret" not in job.error
     monkeypatch.undo()
-    assert (job := jobs.submit("txt2img", request())).over.wait(10) and job.state == queue.DONE
+    assert (job := jobs.submit("txt2img", request())).over.wait(120) and job.state == queue.DONE
 
 
 def test_cancelling_one_of_several_leaves_the_others(jobs):
     first = held(jobs)
-    pair = [jobs.submit("txt2img", request(steps=200, seed=i)) for i in range(2)]
+    pair = [jobs.submit("txt2img", request(steps=60, seed=i)) for i in range(2)]
     jobs.cancel(first)
     while pair[0].step < 3:
         time.sleep(0.005)
     jobs.cancel(pair[0])
     assert pair[0].over.is_set() and pair[0].state == queue.CANCELLED
-    assert pair[1].over.wait(30) and pair[1].state == queue.DONE
+    assert pair[1].over.wait(120) and pair[1].state == queue.DONE
 
 
 def test_finished_jobs_are_forgotten_even_while_nobody_asks_for_anything(bundled):
-    jobs = Jobs(bundled, kept=2, seconds=1.5)
+    jobs = Jobs(bundled, kept=2, seconds=5.0)
     made = [jobs.submit("txt2img", request(steps=1)) for _ in range(3)]
-    assert all(job.over.wait(20) for job in made)
+    assert all(job.over.wait(120) for job in made)
     assert jobs.get(made[0].id) is None and jobs.get(made[2].id) is made[2]
-    time.sleep(2.0)
+    deadline = time.monotonic() + 60
+    while jobs.known and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not jobs.known
     jobs.close()
     with pytest.raises(queue.FullError, match="shut down"):
@@ -133,10 +135,10 @@ def test_the_oldest_are_forgotten_where_the_pictures_of_all_take_too_much_room(b
     one = 64 * 64 * 3  # bytes
     jobs = Jobs(bundled, together=1, room=3 * one)
     made = [jobs.submit("txt2img", request(steps=1, num_images=count)) for count in (1, 1, 2)]
-    assert all(job.over.wait(20) for job in made)
+    assert all(job.over.wait(120) for job in made)
     assert [jobs.get(job.id) for job in made] == [None, made[1], made[2]]
     large = jobs.submit("txt2img", request(prompt="a red cube", steps=2), views=("attention", "denoising"))
-    assert large.over.wait(20) and large.size == (1 + 3 + 2) * one
+    assert large.over.wait(120) and large.size == (1 + 3 + 2) * one
     assert [jobs.get(job.id) for job in (*made[1:], large)] == [None, None, large]  # the last one stays, whatever its size
     jobs.close()
 
