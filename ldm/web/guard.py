@@ -196,8 +196,9 @@ def _asked_token(scope) -> str | None:
 
 
 async def _set_cookie(send, token: str) -> None:
-    """On to the page, with the token where no address shows it."""
-    cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
+    """On to the page, with the token where no address shows it. Lax: it goes with a link that was followed from elsewhere, as
+    from a terminal in a browser; what another site's page asks for is refused by its origin."""
+    cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Lax; Path=/"
     headers = [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

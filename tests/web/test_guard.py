@@ -113,7 +113,7 @@ def test_beyond_loopback_a_token_is_drawn_and_wanted(bundled):
         assert server.client.get("/health").status_code == 200
         first = server.client.get("/?token=a-secret-token", follow_redirects=False)
         assert first.status_code == 303 and "a-secret-token" not in first.headers["location"]
-        assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=Strict" in first.headers["set-cookie"]
+        assert "HttpOnly" in first.headers["set-cookie"] and "SameSite=Lax" in first.headers["set-cookie"]
         assert server.client.get("/v1/form").status_code == 200  # the client keeps cookies
 
 
