@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.fast import compiling, native, winograd
+from ldm.fast import compiling, native, packing, products, winograd
 from ldm.fast.attention import ChosenAttention
+from ldm.fast.convolutions import Upsampling, convolution
 from ldm.fast.normalisation import GroupNorm, LayerNorm
 from ldm.fast.plan import Plan
 from ldm.models.attention import attention, softmax_attention
@@ -252,3 +253,13 @@ def test_a_library_is_compiled_once_for_all_processes(tmp_path, monkeypatch):
     assert made == "True" and fourth == third
     made, _ = run(XDG_CACHE_HOME="/proc/nowhere")  # where nothing can be written
     assert made == "True"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_is_winograds_where_other_products_are_not_twice_as_quick(dtype):
+    conv, plan = nn.Conv2d(256, 256, 3, padding=1), Plan(dtype=dtype)
+    if products.multiplies(256, plan):
+        pytest.skip("a matrix engine does both")
+    convolves, other = native.convolves(conv, dtype), dtype == torch.bfloat16 and packing.possible(conv.weight, dtype)
+    assert (Upsampling(conv, plan, 1 << 16).winograd is not None) == (convolves and not other)
+    assert isinstance(convolution(nn.Conv2d(256, 256, 3, padding=1), plan, 1 << 16), winograd.Winograd) == convolves

@@ -18,7 +18,7 @@ from ldm.fast.winograd import Winograd
 WIDE = (torch.float32, torch.float64)
 # Where Winograd's transforms cost less than what they save. In C: of so many pixels.
 WINOGRAD_IN_C = 256
-HALF_OUTPUTS = 256  # in bfloat16, whose products a direct one has at twice the rate: to so many channels
+HALF_OUTPUTS = 128  # in bfloat16, whose products a direct one has at twice the rate: to so many channels
 # In torch: not with fewer channels, of fewer pixels, or of less work.
 WINOGRAD_CHANNELS = 256
 WINOGRAD_PIXELS = 512
@@ -127,7 +127,8 @@ class Upsampling(nn.Module):
 
     Of the nine pixels under the kernel, only four differ; with the taps on equal pixels summed beforehand, four multiplications
     of nine remain: a matrix engine makes each quarter of the pixels for itself (`products.py`), elsewhere all are one
-    transposed convolution, 4x4, stride 2. Winograd's transform in C reads each pixel as four instead.
+    transposed convolution, 4x4, stride 2. Winograd's transform in C reads each pixel as four instead, and leaves a quarter, but
+    in float32, whose products take twice as long as bfloat16's.
     """
 
     # Which of the three taps of one axis each of the four is the sum of.
@@ -138,8 +139,9 @@ class Upsampling(nn.Module):
         super().__init__()
         self.bias, self.packed = conv.bias.detach().to(plan.dtype), False
         self.reference = (conv.weight,)  # for odd sizes; in a tuple, so that it is no part of this module
-        quick = TiledUpsampling(conv, plan.dtype) if tiled(conv, plan) else convolution(conv, plan, pixels)
-        self.tiled = quick if isinstance(quick, TiledUpsampling) else None
+        self.tiled = TiledUpsampling(conv, plan.dtype) if tiled(conv, plan) else None
+        halves = plan.dtype not in WIDE and packing.possible(conv.weight, plan.dtype)
+        quick = None if self.tiled or halves else convolution(conv, plan, pixels)
         self.winograd = quick if isinstance(quick, Winograd) and quick.native else None
         self.weight = None if self.tiled or self.winograd else self._summed(conv.weight, plan.dtype)
         let_go(conv.weight)
