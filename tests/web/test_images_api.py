@@ -230,5 +230,6 @@ def left(server, asked) -> None:
 
 def test_health_and_metrics(server):
     assert server.client.get("/health").json()["status"] == "ok"
+    assert server.client.post("/v1/images", json={"prompt": PROMPT, "num_inference_steps": 1}).status_code == 200
     told = dict(line.rsplit(" ", 1) for line in server.client.get("/metrics").text.splitlines())
     assert int(told['ldm_jobs_total{state="done"}']) >= 1 and int(told["ldm_jobs_waiting"]) == 0
