@@ -527,6 +527,12 @@ def test_networks_are_not_asked_for_what_is_encoded_and_others_are_refused(tmp_p
         encode(DataConfig(source=str(tmp_path / "out"), size=16), small, tmp_path / "twice", ALONE)
 
 
+def test_what_cannot_be_encoded_leaves_no_folder(tmp_path, small):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        encode(DataConfig(source=str(tmp_path / "none"), size=16), small, tmp_path / "out", ALONE)
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_of_two_encodings_are_not_mixed(tmp_path, album, small):
     for name, seed in (("a", 3), ("b", 4)):
         encode(DataConfig(source=str(album), size=16, limit=2), ldm.build("tiny", seed=seed), tmp_path / name, ALONE)

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        raise ValueError(f"{args.host}:{args.port}: cannot listen there ({error.strerror}); try another --port") from None
+        raise ValueError(
+            f"{args.host}:{args.port}: cannot listen there ({error.strerror}); try another --host or --port"
+        ) from None
     with listener:
         components = options.load(args)
         host, port = _reachable(args.host, listener), listener.getsockname()[1]

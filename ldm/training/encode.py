@@ -56,7 +56,6 @@ def encode(
     """
     webdataset()
     _check(config, base, out, samples_per_shard)
-    claim = Claim(out) if processes.leads else None
     data = config.open(out / "data", processes, quiet=True)
     if data.encoding:
         raise ValueError(f"{config.source}: is encoded already; encode the pictures that it was made of")
@@ -66,6 +65,7 @@ def encode(
         tokenizer=tokenizer_fingerprint(base.tokenizer),
         size=config.size,
     )
+    claim = Claim(out) if processes.leads else None
     _begin(out, {**asdict(encoding), "data": data.identity, "samples_per_shard": samples_per_shard}, processes)
 
     maker = _Maker(data, base, encoding, processes.device)

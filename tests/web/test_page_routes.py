@@ -20,27 +20,16 @@ from gradio.blocks import Block
 
 from ldm.web import page
 from tests.web.conftest import PROMPT, running
+from tests.web.test_page_fields import FIELDS
 
 JOIN, PREDICT, STREAM = "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/queue/data"
 LONG = 512  # steps that nobody waits for
-VALUES = {  # of the form, in its order
+VALUES = FIELDS | {
     "prompt": PROMPT,
-    "negative_prompt": "",
-    "num_images": 1,
     "num_inference_steps": 2,
-    "guidance_scale": 7.5,
-    "width": "",
     "height": None,
     "seed": "9007199254740993",
-    "sampler": "pndm",
-    "spacing": page.OWN,
-    "use_compel": False,
-    "loras": [],
-    "coefficients": "",
-    "canvas": "",
-    "strength": 0.8,
-    "views": [],
-}
+}  # of the form, in its order
 
 
 @pytest.fixture(scope="module")
